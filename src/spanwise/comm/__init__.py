@@ -1,0 +1,1 @@
+"""Moving tensors between the ranks of one replica. Knows nothing of models."""

@@ -1,0 +1,1 @@
+"""What things cost in bytes and seconds. Pure arithmetic."""

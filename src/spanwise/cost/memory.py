@@ -1,0 +1,108 @@
+"""How many bytes a cache takes on each rank, and how large a cache the ranks' memory holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from spanwise.errors import DeviceError
+from spanwise.types.cache import CacheGroup, CacheLayout, LayerCache
+
+
+class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
+    """What one rank stores per token in each of its layers, and the bytes it has for that."""
+
+    name: str
+    layer_caches: dict[int, LayerCache]
+    value_bytes: int
+    available_bytes: int
+
+
+class CacheWish(msgspec.Struct, frozen=True, kw_only=True):
+    """What the cache is for: sizes beyond it would never be used."""
+
+    block_size: int
+    max_num_seqs: int
+    max_model_len: int
+    max_step_tokens: int
+
+
+def token_bytes(cache: LayerCache, value_bytes: int) -> int:
+    """Bytes one token takes in one layer."""
+    return cache.num_heads * (cache.key_dim + cache.value_dim) * value_bytes
+
+
+def arena_bytes(
+    layer_caches: Mapping[int, LayerCache], value_bytes: int, layout: CacheLayout
+) -> int:
+    """Bytes of one rank's arena: every block of every layer it owns."""
+    return sum(
+        group.num_blocks * layout.block_size * token_bytes(layer_caches[layer], value_bytes)
+        for group in layout.groups
+        for layer in group.layers
+        if layer in layer_caches
+    )
+
+
+def cache_groups(layer_caches: Sequence[LayerCache]) -> dict[int, tuple[int, ...]]:
+    """Layers by window (0: everything is kept), in order of first appearance."""
+    groups: dict[int, list[int]] = {}
+    for layer, cache in enumerate(layer_caches):
+        groups.setdefault(cache.window, []).append(layer)
+    return {window: tuple(layers) for window, layers in groups.items()}
+
+
+def size_cache(
+    layer_caches: Sequence[LayerCache], ranks: Sequence[RankMemory], wish: CacheWish
+) -> CacheLayout:
+    """The largest useful cache that every rank can hold; block counts are equal on all ranks.
+
+    Raises DeviceError, naming the rank, where not even one sequence of ``max_model_len`` fits.
+    """
+    groups = cache_groups(layer_caches)
+
+    def layout(num_sequences_blocks: int) -> CacheLayout:
+        return CacheLayout(
+            wish.block_size,
+            tuple(
+                CacheGroup(layers, window, _group_blocks(window, num_sequences_blocks, wish))
+                for window, layers in groups.items()
+            ),
+        )
+
+    def fits(blocks: int) -> RankMemory | None:
+        wanted = layout(blocks)
+        for rank in ranks:
+            if arena_bytes(rank.layer_caches, rank.value_bytes, wanted) > rank.available_bytes:
+                return rank
+        return None
+
+    least = -(-wish.max_model_len // wish.block_size)
+    short = fits(least)
+    if short is not None:
+        need = arena_bytes(short.layer_caches, short.value_bytes, layout(least))
+        raise DeviceError(
+            f"{short.name} has {short.available_bytes / 2**20:,.0f} MiB for the KV cache, but one "
+            f"sequence of max_model_len={wish.max_model_len} takes {need / 2**20:,.0f} MiB; lower "
+            "--max-model-len, raise --kv-cache-memory, or use more devices"
+        )
+    low, high = least, least * wish.max_num_seqs
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (low, middle - 1) if fits(middle) else (middle, high)
+    return layout(low)
+
+
+def _group_blocks(window: int, full_blocks: int, wish: CacheWish) -> int:
+    """Blocks of a group when the groups without window have ``full_blocks``.
+
+    A windowed sequence holds at most its window and the tokens of the step at hand, cut at block
+    borders on both sides.
+    """
+    if not window:
+        return full_blocks
+    each = -(-(window + wish.max_step_tokens) // wish.block_size) + 2
+    longest = -(-wish.max_model_len // wish.block_size)
+    share = -(-full_blocks // longest)
+    return min(full_blocks, max(1, min(share, wish.max_num_seqs)) * each)

@@ -1,0 +1,1 @@
+"""Models of transformers: built without memory, cut by tables, loaded shard by shard."""

@@ -1,0 +1,327 @@
+"""Learning what a model does by running it once on the meta device, where nothing is computed.
+
+What each layer caches, sees and passes on is observed at the seams instead of guessed from names:
+heads and dimensions, windows (from the mask transformers itself would build), soft caps, sinks,
+latents, the order of modules, and whether anything but hidden states passes between layers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from spanwise.errors import ModelError
+from spanwise.model import seams
+from spanwise.model.build import set_attention
+from spanwise.types.cache import LayerCache
+
+# A number no model has as a width, so that shapes tell where the tokens are.
+NUM_TOKENS = 11
+# Tensors a layer may receive beside its hidden states: they follow from positions alone.
+_POSITIONAL = {"position_embeddings", "position_ids", "cache_position"}
+# Tensors the attention function may be given; the mask is ours, positions are known anyway.
+_KNOWN_OPTIONS = {"attention_mask", "s_aux", *_POSITIONAL}
+
+
+@dataclass
+class AttentionSeen:
+    """One attention call: the module and the shapes that passed the seams (whole model)."""
+
+    module: nn.Module
+    name: str
+    num_heads: int
+    num_kv_heads: int
+    query_dim: int
+    value_dim: int
+    cache: LayerCache
+
+
+@dataclass
+class Probe:
+    """What a run on the meta device showed."""
+
+    layers_name: str = ""
+    attention: list[AttentionSeen] = field(default_factory=list)
+    experts: list[str] = field(default_factory=list)
+    before_layers: list[str] = field(default_factory=list)
+    after_layers: list[str] = field(default_factory=list)
+    output_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    returns_tuple: bool = False
+    pipeline_refusal: str = ""
+
+
+def run_on_meta(model: PreTrainedModel, cache: seams.CacheShape) -> torch.Tensor:
+    """One forward of NUM_TOKENS tokens on the meta device; the logits ``[1, n, vocab]``."""
+    tokens = torch.zeros(1, NUM_TOKENS, dtype=torch.long, device="meta")
+    output = model(
+        input_ids=tokens,
+        position_ids=tokens,
+        past_key_values=cache,
+        use_cache=True,
+        return_dict=True,
+    )
+    logits: torch.Tensor = output.logits
+    return logits
+
+
+class _Recorder(seams.CacheShape):
+    """The cache and the handlers of a probe run: records what passes."""
+
+    def __init__(self, names: dict[int, str]) -> None:
+        super().__init__()
+        self.names = names
+        self.updates: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.current: int | None = None
+        self.attention: list[AttentionSeen] = []
+        self.experts: list[str] = []
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Note what a layer stores."""
+        if layer_idx in self.updates:
+            raise ModelError(f"layer {layer_idx} stores keys and values twice a step")
+        self.updates[layer_idx] = (key_states, value_states)
+        self.current = layer_idx
+        return key_states, value_states
+
+    def see_attention(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        options: dict[str, Any],
+    ) -> torch.Tensor:
+        if self.current is None:
+            raise ModelError(f"{type(module).__name__} attends without storing keys and values")
+        stored_key, stored_value = self.updates[self.current]
+        _check_options(module, options)
+        kind = "full" if key is stored_key and value is stored_value else "latent"
+        window = _window(module, options)
+        cache = LayerCache(
+            kind="window" if kind == "full" and window else kind,
+            num_heads=stored_key.shape[1],
+            key_dim=stored_key.shape[-1],
+            value_dim=stored_value.shape[-1],
+            window=window,
+        )
+        if self.current != len(self.attention):
+            raise ModelError(f"{type(module).__name__} runs out of the layers' order")
+        self.attention.append(
+            AttentionSeen(
+                module,
+                self.names[id(module)],
+                query.shape[1],
+                key.shape[1],
+                query.shape[-1],
+                value.shape[-1],
+                cache,
+            )
+        )
+        self.current = None
+        return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
+
+
+class _ProbeHandler:
+    """Answers a module's seams during a probe."""
+
+    def __init__(self, module: nn.Module, recorder: _Recorder) -> None:
+        self.module, self.recorder = module, recorder
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any
+    ) -> torch.Tensor:
+        return self.recorder.see_attention(self.module, query, key, value, options)
+
+    def mix(
+        self, module: nn.Module, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        self.recorder.experts.append(self.recorder.names[id(module)])
+        return torch.empty_like(hidden)
+
+
+def _check_options(module: nn.Module, options: dict[str, Any]) -> None:
+    unknown = [
+        name
+        for name, value in options.items()
+        if isinstance(value, torch.Tensor) and name not in _KNOWN_OPTIONS
+    ]
+    if unknown:
+        raise ModelError(
+            f"{type(module).__name__} gives its attention a tensor {unknown[0]!r}, which is not "
+            "supported yet"
+        )
+
+
+def _window(module: nn.Module, options: dict[str, Any]) -> int:
+    """How many positions a query sees (0: all), from the mask transformers would have applied."""
+    mask = options.get("attention_mask")
+    passed = options.get("sliding_window") or 0
+    if not isinstance(mask, seams.SeenMask):
+        return int(passed)
+    seen = {_reach(mask.mask_function, query) for query in (2**22, 2**22 + 1, 2**22 + 3)}
+    if len(seen) != 1 or None in seen:
+        raise ModelError(
+            f"{type(module).__name__} uses a mask that is neither causal nor a sliding window "
+            "(chunked or bidirectional attention); not supported yet"
+        )
+    return seen.pop() or 0
+
+
+def _reach(mask_function: Callable[..., torch.Tensor], query: int) -> int | None:
+    """Positions seen at ``query``: 0 for all before it, None if it also sees the future."""
+
+    def sees(key: int) -> bool:
+        at = [torch.tensor(x) for x in (0, 0, query, key)]
+        return bool(mask_function(*at))
+
+    if sees(query + 1) or not sees(query):
+        return None
+    if sees(0):
+        return 0
+    low, high = 0, query
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if sees(middle) else (middle, high)
+    return query - high + 1
+
+
+def probe(model: PreTrainedModel) -> Probe:
+    """Run the model once and say what it does. Raises ModelError for what is not supported."""
+    names = {id(module): name for name, module in model.named_modules()}
+    recorder = _Recorder(names)
+    for module in model.modules():
+        seams.set_handler(module, _ProbeHandler(module, recorder))
+    result = Probe()
+    calls = _CallOrder(model, names)
+    set_attention(model, seams.PROBE_ATTENTION)
+    try:
+        with torch.no_grad():
+            run_on_meta(model, recorder)
+    except (RuntimeError, TypeError, AttributeError, NotImplementedError, ValueError, KeyError,
+            IndexError) as error:
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        raise ModelError(
+            f"{type(model).__name__} cannot run through the attention interface and a paged cache: "
+            f"{reason}; this architecture is not supported"
+        ) from error
+    finally:
+        calls.remove()
+        set_attention(model, seams.ATTENTION)
+        for module in model.modules():
+            module.__dict__.pop(seams._HANDLER, None)
+    result.attention, result.experts = recorder.attention, recorder.experts
+    _find_layers(model, result)
+    calls.order(result)
+    return result
+
+
+def _find_layers(model: PreTrainedModel, result: Probe) -> None:
+    """The ModuleList of decoder layers: the one whose every item holds one attention call."""
+    wanted = len(result.attention)
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList):
+            continue
+        inside = [s for s in result.attention if s.name.startswith(f"{name}.")]
+        if inside and len(module) == wanted == len(inside):
+            result.layers_name = name
+            return
+        if inside:
+            without = sorted(
+                set(range(len(module))) - {int(s.name[len(name) + 1 :].split(".")[0]) for s in inside}
+            )
+            raise ModelError(
+                f"{type(model).__name__}: layers {without[:8]} of {len(module)} keep no attention "
+                "cache (recurrent or convolution state, or a cache shared between layers); "
+                "not supported yet"
+            )
+    raise ModelError(
+        f"{type(model).__name__} does not use the attention interface; not supported yet"
+    )
+
+
+class _CallOrder:
+    """Which modules run before, in and after the layers, and what passes between layers."""
+
+    def __init__(self, model: PreTrainedModel, names: dict[int, str]) -> None:
+        self.names = names
+        self.calls: list[tuple[str, nn.Module, Any]] = []
+        self.layer_inputs: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+        self.outputs: dict[str, Any] = {}
+        self.handles = []
+        for module in model.modules():
+            self.handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
+            self.handles.append(module.register_forward_hook(self._after))
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.layer_inputs.append((self.names[id(module)], args, kwargs))
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        name = self.names[id(module)]
+        self.outputs[name] = output
+        self.calls.append((name, module, output))
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def order(self, result: Probe) -> None:
+        """Fill in what surrounds the layers and whether they can be cut apart."""
+        prefix = f"{result.layers_name}."
+        inside = [i for i, (name, *_) in enumerate(self.calls) if name.startswith(prefix)]
+        for i, (name, module, output) in enumerate(self.calls):
+            own = any(True for _ in module.parameters(recurse=False))
+            if name.startswith(prefix) or not own:
+                continue
+            where = result.before_layers if i < inside[0] else result.after_layers
+            where.append(name)
+            if isinstance(output, torch.Tensor):
+                result.output_shapes[name] = tuple(output.shape)
+            else:
+                result.pipeline_refusal = f"{name} gives more than one tensor"
+        self._check_layers(result)
+
+    def _check_layers(self, result: Probe) -> None:
+        count = len(result.attention)
+        names = [f"{result.layers_name}.{i}" for i in range(count)]
+        inputs = {name: (args, kwargs) for name, args, kwargs in self.layer_inputs}
+        result.returns_tuple = not isinstance(self.outputs[names[0]], torch.Tensor)
+        previous: torch.Tensor | None = None
+        for name in names:
+            args, kwargs = inputs[name]
+            hidden = hidden_of(args, kwargs)
+            if previous is not None and hidden is not previous:
+                result.pipeline_refusal = "more than hidden states passes between its layers"
+            output = self.outputs[name]
+            previous = output if isinstance(output, torch.Tensor) else output[0]
+            if not isinstance(output, torch.Tensor) and len(output) > 1:
+                result.pipeline_refusal = "its layers give more than hidden states"
+            extra = [
+                key
+                for key, value in (*enumerate(args), *kwargs.items())
+                if isinstance(value, torch.Tensor)
+                and not isinstance(value, seams.SeenMask)
+                and value is not hidden
+                and key not in _POSITIONAL
+            ]
+            if extra:
+                result.pipeline_refusal = f"its layers take {extra[0]} beside hidden states"
+
+
+def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The hidden states among a decoder layer's arguments."""
+    hidden = args[0] if args else kwargs["hidden_states"]
+    assert isinstance(hidden, torch.Tensor)
+    return hidden
+
+
+def accepts(model: nn.Module, name: str) -> bool:
+    """Whether a model's forward names this argument."""
+    return name in inspect.signature(model.forward).parameters

@@ -1,0 +1,1 @@
+"""One worker's step: rows to tensors, forward, hand-over, sampling."""

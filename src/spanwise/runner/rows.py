@@ -1,0 +1,105 @@
+"""From a plan's rows to one step's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from spanwise.model.batch import RowSpan, StepBatch
+from spanwise.runner.sequences import SequenceTable
+from spanwise.types.cache import CacheLayout
+from spanwise.types.plan import Row
+
+
+@dataclass(frozen=True)
+class WantedLogits:
+    """Which of the step's gathered logits a row reads.
+
+    ``prompt`` are those after positions whose next token is a prompt token to be scored;
+    ``last`` is the one a token is drawn from, -1 for none.
+    """
+
+    row: Row
+    prompt: range
+    last: int
+
+
+class BatchBuilder:
+    """Builds a step's tensors for one rank; every rank builds the same ones."""
+
+    def __init__(self, layout: CacheLayout, num_layers: int, device: torch.device) -> None:
+        self._windows = [group.window for group in layout.groups]
+        self._device = device
+        of_layer = {layer: g for g, group in enumerate(layout.groups) for layer in group.layers}
+        self._group_of = tuple(of_layer[layer] for layer in range(num_layers))
+
+    def build(
+        self, rows: Sequence[Row], known: SequenceTable, reads_tokens: bool
+    ) -> tuple[StepBatch, list[WantedLogits]]:
+        """``reads_tokens``: whether the rank embeds token ids; others need only their number."""
+        token_ids: list[int] = []
+        positions: list[torch.Tensor] = []
+        lengths: list[torch.Tensor] = []
+        spans: list[RowSpan] = []
+        offset = 0
+        for row in rows:
+            end = row.start + row.count
+            if reads_tokens:
+                token_ids += known[row.sequence_id].token_ids[row.start : end]
+            positions.append(torch.arange(row.start, end))
+            lengths.append(torch.full((row.count,), row.length))
+            spans.append(self._span(row, offset, known[row.sequence_id].slots))
+            offset += row.count
+        wanted, index = _wanted(rows, known)
+        ids = torch.tensor(token_ids) if reads_tokens else torch.zeros(offset, dtype=torch.long)
+        assert ids.shape[0] == offset, "a row reads tokens that are not known"
+        return (
+            StepBatch(
+                token_ids=ids.to(self._device),
+                positions=torch.cat(positions).to(self._device),
+                lengths=torch.cat(lengths).to(self._device),
+                rows=spans,
+                write_slots=self._write_slots(rows, known),
+                group_of=self._group_of,
+                wanted=torch.tensor(index, dtype=torch.long, device=self._device),
+            ),
+            wanted,
+        )
+
+    def _span(self, row: Row, offset: int, slots: Sequence[torch.Tensor]) -> RowSpan:
+        first = tuple(max(0, row.start - w + 1) if w else 0 for w in self._windows)
+        end = row.start + row.count
+        read = tuple(own[begin:end] for own, begin in zip(slots, first, strict=True))
+        return RowSpan(offset, row.count, row.start, first, read)
+
+    def _write_slots(self, rows: Sequence[Row], known: SequenceTable) -> tuple[torch.Tensor, ...]:
+        return tuple(
+            torch.cat(
+                [known[r.sequence_id].slots[group][r.start : r.start + r.count] for r in rows]
+            )
+            for group in range(len(self._windows))
+        )
+
+
+def _wanted(rows: Sequence[Row], known: SequenceTable) -> tuple[list[WantedLogits], list[int]]:
+    """Which tokens' logits are gathered, and who reads which of them."""
+    wanted: list[WantedLogits] = []
+    index: list[int] = []
+    offset = 0
+    for row in rows:
+        intro = known[row.sequence_id].intro
+        scored = 0
+        if intro.sampling.prompt_logprobs >= 0:
+            scored = max(0, min(row.count, intro.num_prompt - 1 - row.start))
+        begin = len(index)
+        index += range(offset, offset + scored)
+        last = -1
+        if row.sample:
+            if scored < row.count:
+                index.append(offset + row.count - 1)
+            last = len(index) - 1
+        wanted.append(WantedLogits(row, range(begin, begin + scored), last))
+        offset += row.count
+    return wanted, index

@@ -1,0 +1,163 @@
+"""One rank's execution of step plans."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from mmap import mmap
+
+import torch
+
+from spanwise.comm.communicator import RankComm
+from spanwise.model.shard import Shard
+from spanwise.runner.cache import attach_stores
+from spanwise.runner.logprobs import prompt_logprobs
+from spanwise.runner.rows import BatchBuilder, WantedLogits
+from spanwise.runner.sampling import SampleRow, sample
+from spanwise.runner.sequences import SequenceTable
+from spanwise.types.plan import LanePlan, LaneResult, Row, Sampled, StepPlan, StepResult
+from spanwise.types.worker import WorkerSpec
+
+
+@dataclass(frozen=True)
+class _AwaitedTokens:
+    """Tokens of an earlier step that the last stage sends to the first when it has drawn them."""
+
+    step: int
+    sequence_ids: tuple[int, ...]
+
+
+class Runner:
+    """Runs plans in order on one shard.
+
+    Every rank of a replica executes every plan. The first stage embeds token ids, the last draws
+    tokens; with several stages the last hands drawn ids to the first directly, in step order.
+    """
+
+    def __init__(
+        self,
+        shard: Shard,
+        spec: WorkerSpec,
+        comm: RankComm,
+        arena: mmap | memoryview | bytearray | torch.Tensor,
+    ) -> None:
+        self._shard, self._spec, self._comm = shard, spec, comm
+        self._place = spec.shard
+        self._device = arena.device if isinstance(arena, torch.Tensor) else torch.device("cpu")
+        stores = attach_stores(arena, shard.layer_caches, spec.cache, shard.dtype)
+        shard.join(comm.tp, stores)
+        self._known = SequenceTable(spec.cache, self._device)
+        self._builder = BatchBuilder(spec.cache, spec.shard.num_layers, self._device)
+        self._awaited: deque[_AwaitedTokens] = deque()
+
+    def execute(self, plan: StepPlan) -> StepResult | None:
+        """Run one plan; the result on tensor-parallel rank 0 of the last stage, else None."""
+        lanes = tuple(self._lane(plan.step, lane) for lane in plan.lanes)
+        if not self._place.is_last or self._place.tp_rank != 0:
+            return None
+        return StepResult(plan.epoch, plan.step, lanes)
+
+    def _lane(self, step: int, lane: LanePlan) -> LaneResult:
+        self._known.update(lane)
+        if not lane.rows:
+            return LaneResult()
+        if self._place.is_first:
+            self._learn_tokens(step, lane)
+        batch, wanted = self._builder.build(lane.rows, self._known, self._place.is_first)
+        inbound = self._receive(batch.num_tokens)
+        output = self._shard.forward(batch, inbound)
+        if not self._place.is_last:
+            assert self._comm.outbox is not None
+            self._comm.outbox.send(output)
+            self._await_tokens(step, lane)
+            return LaneResult()
+        return self._sample(output, wanted)
+
+    def _receive(self, num_tokens: int) -> torch.Tensor | None:
+        if self._comm.inbox is None:
+            return None
+        shape = (num_tokens, self._shard.hidden_size)
+        return self._comm.inbox.recv(torch.empty(shape, dtype=self._shard.dtype))
+
+    # -- drawn tokens, from the last stage to the first ------------------------------------------
+
+    def _await_tokens(self, step: int, lane: LanePlan) -> None:
+        if self._place.is_first:
+            drawing = tuple(row.sequence_id for row in lane.rows if self._draws(row))
+            if drawing:
+                self._awaited.append(_AwaitedTokens(step, drawing))
+
+    def _draws(self, row: Row) -> bool:
+        return row.sample and self._known[row.sequence_id].intro.task == "generate"
+
+    def _learn_tokens(self, step: int, lane: LanePlan) -> None:
+        """Take in drawn tokens: those the lane's rows read, and those certain to be there.
+
+        A plan is only sent while fewer than ``max_in_flight`` steps are unfinished, so tokens of
+        steps that far back have been sent; taking them keeps the link from filling up.
+        """
+        while self._awaited and (
+            self._awaited[0].step <= step - self._spec.max_in_flight or self._lacks_tokens(lane)
+        ):
+            self._take_tokens(self._awaited.popleft())
+
+    def _lacks_tokens(self, lane: LanePlan) -> bool:
+        return any(
+            row.start + row.count > len(self._known[row.sequence_id].token_ids)
+            for row in lane.rows
+        )
+
+    def _take_tokens(self, awaited: _AwaitedTokens) -> None:
+        assert self._comm.tokens is not None
+        drawn = torch.empty(len(awaited.sequence_ids), dtype=torch.long)
+        self._comm.tokens.recv(drawn)
+        for sequence_id, token_id in zip(awaited.sequence_ids, drawn.tolist(), strict=True):
+            sequence = self._known.get(sequence_id)
+            if sequence is not None:
+                sequence.token_ids.append(token_id)
+
+    # -- sampling --------------------------------------------------------------------------------
+
+    def _sample(self, logits: torch.Tensor, wanted: list[WantedLogits]) -> LaneResult:
+        logits = logits.float().cpu()
+        drawing = [w for w in wanted if self._draws(w.row)]
+        rows = [self._sample_row(w.row) for w in drawing]
+        token_ids, logprobs = sample(logits[[w.last for w in drawing]], rows)
+        for w, token_id in zip(drawing, token_ids, strict=True):
+            self._known[w.row.sequence_id].token_ids.append(token_id)
+        if self._comm.tokens is not None and token_ids:
+            self._comm.tokens.send(torch.tensor(token_ids))
+        drawn = dict(zip((w.row.sequence_id for w in drawing), zip(token_ids, logprobs, strict=True), strict=True))
+        results = []
+        for w in wanted:
+            token_id, token_logprobs = drawn.get(w.row.sequence_id, (-1, None))
+            results.append(
+                Sampled(
+                    w.row.sequence_id,
+                    token_id,
+                    token_logprobs,
+                    self._score_prompt(logits, w),
+                    self._pool(w),
+                )
+            )
+        return LaneResult(tuple(results))
+
+    def _sample_row(self, row: Row) -> SampleRow:
+        sequence = self._known[row.sequence_id]
+        end = row.start + row.count
+        assert end == len(sequence.token_ids), "a token is drawn that others follow already"
+        intro = sequence.intro
+        return SampleRow(intro.sampling, end, sequence.token_ids, intro.num_prompt)
+
+    def _score_prompt(self, logits: torch.Tensor, wanted: WantedLogits) -> tuple:
+        if not wanted.prompt:
+            return ()
+        sequence, start = self._known[wanted.row.sequence_id], wanted.row.start
+        following = sequence.token_ids[start + 1 : start + 1 + len(wanted.prompt)]
+        num_top = sequence.intro.sampling.prompt_logprobs
+        return prompt_logprobs(logits[wanted.prompt.start : wanted.prompt.stop], following, num_top)
+
+    def _pool(self, wanted: WantedLogits) -> tuple[float, ...] | None:
+        if not wanted.row.sample or self._draws(wanted.row):
+            return None
+        return tuple(self._shard.last_hidden[wanted.last].float().tolist())

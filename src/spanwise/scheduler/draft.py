@@ -1,0 +1,27 @@
+"""A step's section of one lane while it is being written."""
+
+from __future__ import annotations
+
+from spanwise.scheduler.sequence import Sequence
+from spanwise.types.plan import NewSequence, Row
+
+
+class Draft:
+    """Rows of step ``step``, of at most ``budget`` tokens more."""
+
+    def __init__(self, step: int, budget: int) -> None:
+        self.step = step
+        self.budget = budget
+        self.new: list[NewSequence] = []
+        self.rows: list[Row] = []
+
+    def names(self, sequence: Sequence) -> bool:
+        """Whether the sequence has a row in this step."""
+        return sequence.last_step == self.step
+
+    def add(self, sequence: Sequence) -> None:
+        """Plan as much of the sequence as it wants, the budget allows and free blocks hold."""
+        room = sequence.blocks.room(sequence.computed)
+        count = min(sequence.wanted, self.budget, room)
+        self.rows.append(sequence.next_row(self.step, count))
+        self.budget -= count

@@ -1,0 +1,142 @@
+"""One generated choice of a request (or one pooled prompt) on its way through the scheduler."""
+
+from __future__ import annotations
+
+import sys
+
+from spanwise.scheduler.block_table import BlockTable
+from spanwise.scheduler.request import SequenceRequest
+from spanwise.scheduler.update import SequenceUpdate
+from spanwise.types.outputs import FinishReason
+from spanwise.types.plan import NewSequence, Row, Sampled
+
+
+class Sequence:
+    """Tokens, how far they are computed, and what of it is in flight.
+
+    ``computed`` counts the positions planned since the last introduction, done or in flight.
+    ``num_in_flight`` counts planned rows without a result, ``num_sampling`` those of them that draw
+    a token. ``arrival`` is the rank in age. ``limit`` is the length at which the sequence is
+    certain to be finished; a pooled prompt counts its result as one token more.
+    ``last_step`` is the step of its last row.
+    """
+
+    def __init__(
+        self, request: SequenceRequest, arrival: int, limit: int, blocks: BlockTable
+    ) -> None:
+        self.request = request
+        self.sequence_id = request.sequence_id
+        self.arrival = arrival
+        self.limit = limit
+        self.blocks = blocks
+        self.tokens = [*request.prompt_token_ids, *request.output_token_ids]
+        self.is_running = False
+        self.computed = 0
+        self.num_in_flight = 0
+        self.num_sampling = 0
+        self.last_step = -1
+        self._num_prompt = len(request.prompt_token_ids)
+        self._num_prompt_logprobs = 0
+        self._stop_token_ids = frozenset(request.stop_token_ids)
+        self._horizon = sys.maxsize
+
+    @property
+    def end(self) -> int:
+        """The length once everything in flight has come."""
+        return len(self.tokens) + self.num_sampling
+
+    @property
+    def wanted(self) -> int:
+        """Positions that can be planned now; 0 when finished but for what is in flight."""
+        if self.end >= self.limit or self.end > self._horizon:
+            return 0
+        return self.end - self.computed
+
+    @property
+    def is_outgrown(self) -> bool:
+        """Whether what is computed holds only for a shorter sequence (nothing is in flight)."""
+        return self._horizon < self.end < self.limit and not self.num_in_flight
+
+    def introduce(self, recompute_lengths: tuple[int, ...]) -> NewSequence:
+        """Begin anew from position 0, with every token known; nothing may be in flight.
+
+        What is computed from here on holds up to the next of ``recompute_lengths``.
+        """
+        assert not self.num_in_flight and not self.computed
+        self.is_running = True
+        ahead = (length for length in recompute_lengths if length >= self.end)
+        self._horizon = min(ahead, default=sys.maxsize)
+        return NewSequence(
+            sequence_id=self.sequence_id,
+            token_ids=tuple(self.tokens),
+            num_prompt=self._num_prompt,
+            sampling=self.request.sampling,
+            task=self.request.task,
+        )
+
+    def next_row(self, step: int, count: int) -> Row:
+        """Plan the next ``count`` positions, which must fit into the free blocks."""
+        assert 0 < count <= self.wanted
+        start, length = self.computed, self.end
+        self.computed += count
+        sample = self.computed == length
+        self.num_sampling += sample
+        self.num_in_flight += 1
+        self.last_step = step
+        new_blocks = self.blocks.extend(self.computed)
+        return Row(self.sequence_id, start, count, length, new_blocks, sample)
+
+    def accept(self, row: Row, sampled: Sampled) -> SequenceUpdate | None:
+        """Take in the oldest row in flight; None when it brings nothing to tell.
+
+        Also after a preemption: what was in flight then is as good as any other token.
+        """
+        self.num_in_flight -= 1
+        self.num_sampling -= row.sample
+        if self.request.task == "pool":
+            return self._accept_pooled(sampled) if row.sample else None
+        num_known = max(0, self._num_prompt_logprobs - row.start)
+        prompt_logprobs = sampled.prompt_logprobs[num_known:]
+        self._num_prompt_logprobs += len(prompt_logprobs)
+        if not row.sample and not prompt_logprobs:
+            return None
+        if row.sample:
+            self._append(row, sampled.token_id)
+        reason = self._finish_reason() if row.sample else None
+        return SequenceUpdate(
+            sequence_id=self.sequence_id,
+            token_ids=(sampled.token_id,) if row.sample else (),
+            logprobs=(sampled.logprobs,) if row.sample and sampled.logprobs else (),
+            prompt_logprobs=prompt_logprobs,
+            finish_reason=reason,
+            stop_reason=sampled.token_id if reason == "stop" else None,
+        )
+
+    def rewind(self) -> None:
+        """Forget what is computed and give the blocks back; tokens stay."""
+        self.is_running = False
+        self.computed = 0
+        self._horizon = sys.maxsize
+        self.blocks.release()
+
+    def forget_in_flight(self) -> None:
+        """Rewind, and expect no result any more: the ranks that owed them are gone."""
+        self.rewind()
+        self.num_in_flight = 0
+        self.num_sampling = 0
+        self.last_step = -1
+
+    def _accept_pooled(self, sampled: Sampled) -> SequenceUpdate:
+        return SequenceUpdate(
+            sequence_id=self.sequence_id, pooled=sampled.pooled, finish_reason="stop"
+        )
+
+    def _append(self, row: Row, token_id: int) -> None:
+        assert token_id >= 0, f"sequence {self.sequence_id} wanted a token and got none"
+        assert row.start + row.count == len(self.tokens), "a token came out of order"
+        self.tokens.append(token_id)
+
+    def _finish_reason(self) -> FinishReason | None:
+        if self.tokens[-1] in self._stop_token_ids:
+            return "stop"
+        return "length" if len(self.tokens) >= self.limit else None

@@ -1,0 +1,96 @@
+"""What a worker is told about its place, its shard and its device."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from spanwise.types.cache import CacheLayout, LayerCache
+
+
+class DeviceSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One device of one worker.
+
+    ``cpu``: ``cores`` are the CPU ids it may run on (several devices may name the same ones) and
+    ``threads`` how many it computes with. ``cuda``: ``index`` is the card and ``share`` how many
+    ranks use that card.
+    """
+
+    kind: Literal["cpu", "cuda"]
+    index: int = 0
+    cores: tuple[int, ...] = ()
+    threads: int = 1
+    share: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.index}"
+
+
+class RankPlace(msgspec.Struct, frozen=True, kw_only=True, order=True):
+    """Where a rank stands: ``dp`` replica, ``pp`` stage, ``lane``, ``tp`` rank; each from 0."""
+
+    dp: int = 0
+    pp: int = 0
+    lane: int = 0
+    tp: int = 0
+
+
+class ShardSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Which part of which model a rank holds; equal for the same rank of every replica.
+
+    The rank owns the decoder layers ``first_layer`` to ``end_layer`` (exclusive), of which it holds
+    the ``tp_rank``-th of ``tp_size`` shares; ``expert_parallel`` gives whole experts instead of
+    slices of each. ``dtype`` is a torch name ("float32").
+    """
+
+    folder: str
+    dtype: str
+    first_layer: int
+    end_layer: int
+    num_layers: int
+    pp_rank: int = 0
+    pp_size: int = 1
+    tp_rank: int = 0
+    tp_size: int = 1
+    expert_parallel: bool = False
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the rank's stage takes token ids."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the rank's stage gives logits."""
+        return self.pp_rank == self.pp_size - 1
+
+
+class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything a worker needs beside its shard: place, device, cache, epoch, limits.
+
+    ``max_step_tokens`` bounds the tokens of one step plan (it sizes the hand-over buffers),
+    ``max_in_flight`` the plans sent whose results have not come.
+    """
+
+    place: RankPlace
+    device: DeviceSpec
+    shard: ShardSpec
+    cache: CacheLayout
+    epoch: int
+    max_step_tokens: int
+    max_in_flight: int
+    max_model_len: int
+
+
+class ShardInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a loaded shard holds: weights, and what each owned layer caches on this rank.
+
+    ``value_bytes`` is the size of one cached value, ``replicated`` what stayed whole.
+    """
+
+    weight_bytes: int
+    value_bytes: int
+    hidden_size: int
+    layer_caches: dict[int, LayerCache]
+    replicated: tuple[str, ...] = ()

@@ -1,0 +1,1 @@
+"""Processes: the fork server and what it forks, their channels, supervision, the executors."""

@@ -1,0 +1,63 @@
+"""What the processes run, named by dotted paths: imported only where it is needed."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any, Protocol
+
+import msgspec
+
+from spanwise.types.plan import StepPlan, StepResult
+from spanwise.types.worker import ShardInfo
+
+
+class LoadedShard(Protocol):
+    """The loaded weights of one rank."""
+
+    def info(self) -> ShardInfo:
+        """What they are, for sizing the cache."""
+        ...
+
+
+class StepRunner(Protocol):
+    """One rank's step."""
+
+    def execute(self, plan: StepPlan) -> StepResult | None:
+        """Run a step; the result exists on one rank of a replica only."""
+        ...
+
+
+class Entries(msgspec.Struct, frozen=True, kw_only=True):
+    """``module:name`` of each thing the processes call; the real ones unless a test says otherwise.
+
+    ``describe(folder, dtype)``, ``load(shard_spec)``, ``comm(segment_fd, worker_spec, may_spin)``,
+    ``runner(shard, worker_spec, comm, arena)``. ``preload`` is imported once, in the fork server.
+    """
+
+    describe: str = "spanwise.model.facts:describe"
+    load: str = "spanwise.model.shard:load_shard"
+    comm: str = "spanwise.worker.rank_comm:open_comm"
+    runner: str = "spanwise.runner.runner:Runner"
+    preload: tuple[str, ...] = ("torch", "transformers")
+
+    def import_all(self) -> None:
+        """Import everything, so that forked children need not."""
+        for module in self.preload:
+            importlib.import_module(module)
+        set_threads(1)
+        for entry in (self.describe, self.load, self.comm, self.runner):
+            resolve(entry)
+
+
+def resolve(entry: str) -> Any:
+    """Import what ``module:name`` names."""
+    module, _, name = entry.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def set_threads(num_threads: int) -> None:
+    """Let torch compute with so many threads, where torch is what computes."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(num_threads)

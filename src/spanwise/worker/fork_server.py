@@ -1,0 +1,65 @@
+"""The process that has everything imported and forks the others: ``-m`` this module.
+
+It never touches CUDA, which does not survive a fork, and has one thread.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+
+import msgspec
+
+from spanwise.errors import EngineError
+from spanwise.worker.channel import Channel
+from spanwise.worker.entries import Entries, resolve
+from spanwise.worker.failure import reported
+from spanwise.worker.forker import Forker
+from spanwise.worker.lifeline import hang_on
+from spanwise.worker.messages import Command, Describe, Described, Job, LoadShard, RunWorker
+from spanwise.worker.worker import run_worker
+from spanwise.worker.zygote import run_zygote
+
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def main(channel_fd: int, lifeline_fd: int, entries: Entries) -> None:
+    """Import, then fork until the supervisor's channel ends."""
+    hang_on(lifeline_fd)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the supervisor to decide on
+    _adopt_orphans()
+    channel: Channel[Command] = Channel(socket.socket(fileno=channel_fd), Command)
+
+    def run(job: Job, own: Channel[Command], fds: Sequence[int]) -> None:
+        _run_job(entries, job, own, fds)
+
+    with reported(channel, lambda: "the fork server"):
+        entries.import_all()
+        Forker(channel, run).serve()
+
+
+def _run_job(entries: Entries, job: Job, channel: Channel[Command], fds: Sequence[int]) -> None:
+    match job:
+        case Describe():
+            with reported(channel, lambda: f"describing {job.folder}"):
+                facts = resolve(entries.describe)(job.folder, job.dtype)
+                channel.send(Described(facts))
+        case LoadShard():
+            run_zygote(entries, job.spec, channel)
+        case RunWorker():
+            run_worker(entries, job, channel, fds)
+
+
+def _adopt_orphans() -> None:
+    """Become the parent of workers whose zygote died, so that their end is still reported."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise EngineError(f"prctl refused to adopt orphans: {os.strerror(ctypes.get_errno())}")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), msgspec.json.decode(sys.argv[3], type=Entries))

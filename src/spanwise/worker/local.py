@@ -1,0 +1,117 @@
+"""The executor of one replica whose workers are processes of this machine."""
+
+from __future__ import annotations
+
+import selectors
+import time
+from collections import deque
+from collections.abc import Iterator
+
+from spanwise.errors import CommunicationError, SpanwiseError, WorkerError
+from spanwise.types.plan import StepPlan, StepResult
+from spanwise.worker.channel import ChannelClosed, encode
+from spanwise.worker.failure import error_of
+from spanwise.worker.messages import Done, Execute, Failed
+from spanwise.worker.process import Process
+from spanwise.worker.replica import Replica
+
+_ROOT_CAUSE_WAIT_S = 0.2
+
+
+class LocalProcessExecutor:
+    """Sends every plan to all ranks; the one rank that has the result sends it back."""
+
+    def __init__(self, replica: Replica, close_timeout_s: float = 5.0) -> None:
+        self._replica = replica
+        self._close_timeout_s = close_timeout_s
+        self._in_flight: deque[int] = deque()
+        self._arrived: list[StepResult] = []
+        self._failure: SpanwiseError | None = None
+        self._selector = selectors.EpollSelector()
+        for worker in replica.workers:
+            self._selector.register(worker.channel, selectors.EVENT_READ, worker)
+
+    def submit(self, plan: StepPlan) -> None:
+        """Queue the plan for every rank; what a rank cannot take yet is sent by later calls."""
+        self._raise_failure()
+        frame = encode(Execute(plan))
+        self._in_flight.append(plan.step)
+        for worker in self._replica.workers:
+            try:
+                self._watch_writing(worker, not worker.channel.post(frame))
+            except ChannelClosed:
+                continue  # reading tells why, and raises
+
+    def wait(self, timeout_s: float | None = None) -> list[StepResult]:
+        """Wait for results; see Executor."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        self._serve(0.0)
+        while self._in_flight and not self._arrived:
+            left_s = None if deadline is None else deadline - time.monotonic()
+            if left_s is not None and left_s <= 0:
+                break
+            self._serve(left_s)
+        arrived, self._arrived = self._arrived, []
+        return arrived
+
+    def results(self) -> list[StepResult]:
+        """Give the results that have come."""
+        return self.wait(0.0)
+
+    def fileno(self) -> int:
+        """For selectors; stands for all ranks."""
+        return self._selector.fileno()
+
+    def close(self) -> None:
+        """End the replica's workers."""
+        self._selector.close()
+        self._replica.close(self._close_timeout_s)
+
+    def _serve(self, timeout_s: float | None) -> None:
+        """Do what the channels are ready for. Raises the replica's failure."""
+        self._raise_failure()
+        errors = list(self._errors(timeout_s))
+        if errors and all(isinstance(error, CommunicationError) for error in errors):
+            errors += self._errors(_ROOT_CAUSE_WAIT_S)  # its neighbour's end may be the reason
+        if errors:
+            self._failure = min(errors, key=_blame)
+            self._raise_failure()
+
+    def _errors(self, timeout_s: float | None) -> Iterator[SpanwiseError]:
+        for key, mask in self._selector.select(timeout_s):
+            worker: Process = key.data
+            try:
+                if mask & selectors.EVENT_WRITE:
+                    self._watch_writing(worker, not worker.channel.flush())
+                yield from self._read(worker)
+            except ChannelClosed:
+                self._selector.unregister(worker.channel)
+                yield WorkerError(f"{worker.name} {self._replica.explain(worker)} {self._when()}")
+
+    def _read(self, worker: Process) -> Iterator[SpanwiseError]:
+        for reply, _ in worker.channel.arrived():
+            if isinstance(reply, Failed):
+                self._selector.unregister(worker.channel)
+                yield error_of(reply)
+                return
+            assert isinstance(reply, Done), reply
+            step = self._in_flight.popleft()
+            assert reply.result.step == step, f"step {reply.result.step} came before {step}"
+            self._arrived.append(reply.result)
+
+    def _watch_writing(self, worker: Process, wanted: bool) -> None:
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if wanted else 0)
+        if self._selector.get_key(worker.channel).events != events:
+            self._selector.modify(worker.channel, events, worker)
+
+    def _when(self) -> str:
+        return f"in step {self._in_flight[0]}" if self._in_flight else "between steps"
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+
+def _blame(error: SpanwiseError) -> int:
+    """The smaller, the nearer to the cause: who waits in vain only suffers from it."""
+    return int(isinstance(error, CommunicationError))

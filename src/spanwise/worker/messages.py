@@ -1,0 +1,91 @@
+"""Everything that is said between the supervising process and the processes below it.
+
+A channel's end is the order to stop; there is no record for it.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from spanwise.types.model import ModelFacts
+from spanwise.types.plan import StepPlan, StepResult
+from spanwise.types.worker import ShardInfo, ShardSpec, WorkerSpec
+
+
+class Describe(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Fork a child that answers ``Described`` and ends. Comes with its channel."""
+
+    folder: str
+    dtype: str
+
+
+class LoadShard(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Fork a zygote that loads a shard and answers ``Loaded``. Comes with its channel."""
+
+    spec: ShardSpec
+
+
+class RunWorker(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Fork a worker that answers ``Ready``. Comes with its channel, the segment and the arena.
+
+    ``may_spin``: the rank has its cores to itself, so it may wait by looking.
+    """
+
+    spec: WorkerSpec
+    arena_bytes: int
+    may_spin: bool
+
+
+class Execute(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Run one step; plans are executed in the order they are sent."""
+
+    plan: StepPlan
+
+
+class Forked(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The child asked for lives. Comes with its pidfd, opened before anybody could reap it."""
+
+    pid: int
+
+
+class Exited(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """A child has ended; ``code`` as in subprocess: minus the signal, or the exit code."""
+
+    pid: int
+    code: int
+
+
+class Described(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The model's facts."""
+
+    facts: ModelFacts
+
+
+class Loaded(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The zygote holds its shard."""
+
+    info: ShardInfo
+
+
+class Ready(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The worker takes plans."""
+
+    info: ShardInfo
+
+
+class Done(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """A step's result, from the one rank of a replica that has it."""
+
+    result: StepResult
+
+
+class Failed(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The sender ends. ``kind`` is the name of a class in ``spanwise.errors``."""
+
+    kind: str
+    message: str
+
+
+Job = Describe | LoadShard | RunWorker
+Command = Job | Execute
+Reply = Forked | Exited | Described | Loaded | Ready | Done | Failed

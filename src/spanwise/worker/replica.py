@@ -1,0 +1,52 @@
+"""The workers of one replica, and the memory that outlives any one of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from spanwise.comm.segment import SegmentLayout, create_segment, interrupt
+from spanwise.types.worker import ShardInfo, WorkerSpec
+from spanwise.worker.process import Process, end
+
+
+@dataclass(frozen=True)
+class ReplicaSpec:
+    """The workers of a replica, each one's arena in bytes, and the segment they meet in."""
+
+    workers: tuple[WorkerSpec, ...]
+    arena_bytes: tuple[int, ...]
+    segment: SegmentLayout
+
+
+class Replica:
+    """The running workers, in the order of the spec, with their segment and KV arenas (memfds).
+
+    ``explain(process)`` says how a process ended. ``shards``: what each worker holds.
+    """
+
+    def __init__(self, spec: ReplicaSpec, explain: Callable[[Process], str]) -> None:
+        self.spec = spec
+        self.explain = explain
+        self.workers: list[Process] = []
+        self.shards: list[ShardInfo] = []
+        self.segment_fd = create_segment("spanwise-segment", spec.segment)
+        self._fds = [self.segment_fd]
+
+    def new_arena(self, num_bytes: int) -> int:
+        """Make the next worker's arena; nothing of it takes memory before it is touched."""
+        self._fds.append(os.memfd_create("spanwise-arena", os.MFD_CLOEXEC))
+        os.ftruncate(self._fds[-1], num_bytes)
+        return self._fds[-1]
+
+    def close(self, timeout_s: float) -> None:
+        """End the workers, also those that wait for one another, and free the memory."""
+        if not self._fds:
+            return
+        interrupt(self.segment_fd)
+        end(self.workers, timeout_s)
+        for worker in self.workers:
+            worker.close()
+        while self._fds:
+            os.close(self._fds.pop())
