@@ -1,4 +1,7 @@
-"""The one exception tree. A message is one line: what was wrong, what was expected, how to mend it."""
+"""The one exception tree.
+
+A message is one line: what was wrong, what was expected, how to mend it.
+"""
 
 
 class SpanwiseError(Exception):
@@ -10,7 +13,7 @@ class InputError(SpanwiseError):
 
 
 class ModelError(InputError):
-    """The model folder is missing, damaged, disagrees with itself, or holds an unsupported model."""
+    """The model folder is missing, damaged, or holds a model that is not supported."""
 
 
 class LayoutError(InputError):
@@ -37,5 +40,5 @@ class CommunicationError(EngineError):
     """A collective or hand-over could not finish."""
 
 
-class Interrupted(CommunicationError):
+class WaitInterruptedError(CommunicationError):
     """A blocking wait was broken on purpose, by an epoch change or by shutdown."""

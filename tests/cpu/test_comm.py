@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from spanwise.comm import futex
+from spanwise.comm import futex, nccl
 from spanwise.comm.communicator import Communicator, Link, RankComm
 from spanwise.comm.counters import Counters
 from spanwise.comm.process_group import GroupCommunicator, GroupLink, Operations
@@ -28,11 +28,11 @@ from spanwise.comm.segment import (
     SegmentLayout,
     create_segment,
     interrupt,
-    segment_bytes,
 )
 from spanwise.comm.shared_memory import SharedMemoryCommunicator, open_rank_comm, tiles
 from spanwise.comm.single import SingleCommunicator
-from spanwise.errors import CommunicationError, Interrupted
+from spanwise.comm.store import listen_on_loopback
+from spanwise.errors import CommunicationError, WaitInterruptedError
 
 T = TypeVar("T")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int8]
@@ -60,7 +60,7 @@ def together(calls: Sequence[Callable[[], T]]) -> list[T]:
     with ThreadPoolExecutor(len(calls)) as pool:
         futures = [pool.submit(call) for call in calls]
     errors = [error for future in futures if (error := future.exception()) is not None]
-    for error in sorted(errors, key=lambda error: isinstance(error, Interrupted)):
+    for error in sorted(errors, key=lambda error: isinstance(error, WaitInterruptedError)):
         raise error
     return [future.result() for future in futures]
 
@@ -200,6 +200,17 @@ def test_large_sums_have_the_same_bits_everywhere_and_at_every_size(run: Run) ->
 
 
 @pytest.mark.parametrize("run", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_order_of_a_sum_is_that_of_the_ranks(run: Run, dtype: torch.dtype) -> None:
+    given = [60000.0, -60000.0, 2.0**-12]  # in any other order the last is lost
+
+    def body(comm: Communicator) -> float:
+        return comm.all_reduce(torch.tensor([given[comm.rank]], dtype=dtype)).item()
+
+    assert run(3, body) == [2.0**-12] * 3
+
+
+@pytest.mark.parametrize("run", BACKENDS)
 def test_barrier_lets_nobody_through_before_the_last(run: Run) -> None:
     came: list[int] = []
 
@@ -283,6 +294,86 @@ def _pass_on(comm: RankComm, stage: int, number: int) -> None:
         before = number - 1
         token = comm.tokens.recv(torch.empty(1, dtype=torch.int64))
         assert token.item() == before * 10 * (1 + (before * 37) % 150)
+
+
+class GlooAsNccl(dist.ProcessGroupGloo):
+    """What NcclGroups asks of NCCL, without cards."""
+
+    class Options:
+        _timeout: timedelta
+
+    def __init__(self, store: dist.Store, rank: int, size: int, options: Options) -> None:
+        super().__init__(store, rank, size, options._timeout)
+
+    def eager_connect_single_device(self, device: torch.device) -> None:
+        assert device == torch.device("cpu")
+
+
+def test_nccl_groups_meet_through_a_store_on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which ranks form which groups, over a real store; the library itself needs cards."""
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", GlooAsNccl, raising=False)
+    for name in nccl._ENVIRONMENT:
+        monkeypatch.setenv(name, "1")
+    listener = listen_on_loopback()
+    host, port = listener.getsockname()
+    store = nccl.serve_store(listener)
+    assert (host, store.port) == ("127.0.0.1", port)
+
+    def call(rank: int) -> None:
+        stage, tp_rank = divmod(rank, 2)
+        groups = nccl.NcclGroups(
+            nccl.connect_store(port),
+            name="replica 0 epoch 1",
+            pp_size=3,
+            tp_size=2,
+            pp_rank=stage,
+            tp_rank=tp_rank,
+            device=torch.device("cpu"),
+            timeout_s=30.0,
+        )
+        for number in range(9):
+            _around(groups.comm, number)
+        groups.comm.tp.barrier()
+        groups.abort(10.0)
+        with pytest.raises(WaitInterruptedError, match=f"stage {stage} tp rank {tp_rank} in tp/{stage}: "):
+            groups.comm.tp.barrier()
+
+    together([lambda rank=rank: call(rank) for rank in range(6)])
+    assert {os.environ[name] for name in nccl._ENVIRONMENT} == {"0"}
+
+
+def _around(comm: RankComm, number: int) -> None:
+    """A tensor through three stages, doubled by each, and back to the first."""
+    tensor = torch.full((5,), float(number))
+    if comm.inbox is not None:
+        comm.inbox.recv(tensor)
+    comm.tp.all_reduce(tensor)
+    if comm.outbox is not None:
+        comm.outbox.send(tensor)
+    elif comm.tokens is not None:
+        comm.tokens.send(tensor)
+    if comm.inbox is None:
+        assert comm.tokens is not None
+        assert comm.tokens.recv(tensor).tolist() == [8.0 * number] * 5
+
+
+def test_an_abort_that_hangs_is_given_up_at_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", GlooAsNccl, raising=False)
+    over = threading.Event()
+    monkeypatch.setattr(GlooAsNccl, "abort", lambda self: over.wait(), raising=False)
+    store = dist.HashStore()
+
+    def call(rank: int) -> None:
+        place = {"pp_size": 1, "tp_size": 2, "pp_rank": 0, "tp_rank": rank}
+        device = torch.device("cpu")
+        groups = nccl.NcclGroups(store, name="epoch 2", device=device, timeout_s=30.0, **place)
+        with pytest.raises(CommunicationError, match=r"more than 0\.05 s; replace this worker"):
+            groups.abort(0.05)
+
+    try:
+        together([lambda: call(0), lambda: call(1)])
+    finally:
+        over.set()
 
 
 # --- links --------------------------------------------------------------------------------------
@@ -392,7 +483,7 @@ def test_nothing_in_a_segment_overlaps(pp_size: int, tp_size: int) -> None:
     spans = sorted(span for span in spans if span[0] < span[1])
     for (_, end), (start, _) in pairwise(spans):
         assert end <= start
-    assert spans[-1][1] <= segment_bytes(layout)
+    assert spans[-1][1] <= layout.total_bytes
     assert len(layout.channels) == pp_size + pp_size * tp_size * (pp_size > 1)
     assert len(set(layout.channels)) == len(layout.channels)
 
@@ -400,7 +491,7 @@ def test_nothing_in_a_segment_overlaps(pp_size: int, tp_size: int) -> None:
 def test_a_segment_says_its_own_layout() -> None:
     layout = SegmentLayout(2, 3, 640, 1280, 5, 192)
     with segment(layout) as fd:
-        assert os.fstat(fd).st_size == segment_bytes(layout)
+        assert os.fstat(fd).st_size == layout.total_bytes
         assert Segment(fd).layout == layout
 
 
@@ -462,12 +553,12 @@ def test_interrupt_breaks_a_blocked_wait(name: str, spin_s: float) -> None:
                 blocked.result(timeout=0.1)
             start = time.monotonic()
             interrupt(fd)
-            with pytest.raises(Interrupted, match=rf"stage \d tp rank 0: {name} .* waiting for"):
+            with pytest.raises(WaitInterruptedError, match=rf"stage \d tp rank 0: {name} .* waiting for"):
                 blocked.result(timeout=5)
             assert time.monotonic() - start < 0.1
         for inbox in (second.inbox, open_rank_comm(fd, 1, 1).inbox):
             assert inbox is not None
-            with pytest.raises(Interrupted):
+            with pytest.raises(WaitInterruptedError):
                 while True:  # what was sent before still comes
                     inbox.recv(torch.empty(4))
 
@@ -479,7 +570,7 @@ def test_a_wait_that_lasts_too_long_says_who_waits_for_whom(spin_s: float) -> No
         with pytest.raises(CommunicationError) as caught:
             comm.tp.all_reduce(torch.ones(3))
     message = str(caught.value)
-    assert not isinstance(caught.value, Interrupted)
+    assert not isinstance(caught.value, WaitInterruptedError)
     assert "\n" not in message
     for words in (
         "stage 0 tp rank 2: all_reduce number 1 waited 0.1 s for stage 0 tp rank 0",
@@ -498,7 +589,7 @@ def test_a_failed_group_operation_is_named_or_an_interruption(run: Run) -> None:
     with pytest.raises(CommunicationError, match=r"^rank 0: send number 1 failed: socket closed$"):
         operations.start("send", failing)
     stopped.set()
-    with pytest.raises(Interrupted):
+    with pytest.raises(WaitInterruptedError):
         operations.run("send", failing)
 
 

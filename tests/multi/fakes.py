@@ -6,13 +6,20 @@ import mmap
 import os
 import signal
 import sys
+import threading
 import time
-from pathlib import Path
 
-from spanwise.errors import ModelError
+from spanwise.comm.segment import Segment, SegmentLayout
+from spanwise.errors import CommunicationError, WaitInterruptedError, ModelError
+from spanwise.types.cache import CacheLayout
 from spanwise.types.model import ModelFacts
-from spanwise.types.plan import LaneResult, Sampled, StepPlan, StepResult
-from spanwise.types.worker import ShardSpec, WorkerSpec
+from spanwise.types.plan import LanePlan, LaneResult, NewSequence, Sampled, StepPlan, StepResult
+from spanwise.types.sampling import SamplingSpec
+from spanwise.types.worker import DeviceSpec, RankPlace, ShardInfo, ShardSpec, WorkerSpec
+from spanwise.worker.entries import Entries
+from spanwise.worker.local import LocalProcessExecutor
+from spanwise.worker.replica import ReplicaSpec
+from spanwise.worker.supervisor import Supervisor
 
 
 class FakeShard:
@@ -23,7 +30,12 @@ class FakeShard:
         page = b"\1" * (1 << 20)
         for _ in range(num_bytes >> 20):
             self.memory.write(page)
-        self.weight_bytes = num_bytes
+        self._num_bytes = num_bytes
+
+    def info(self) -> ShardInfo:
+        return ShardInfo(
+            weight_bytes=self._num_bytes, value_bytes=4, hidden_size=8, layer_caches={}
+        )
 
 
 def describe(folder: str, dtype: str) -> ModelFacts:
@@ -55,20 +67,21 @@ def load_shard(spec: ShardSpec) -> FakeShard:
     return FakeShard(int(digits) << 20 if digits.isdigit() else 0)
 
 
-def open_comm(segment_fd: int, spec: WorkerSpec, may_spin: bool) -> bool:
-    """Nothing to talk through."""
-    os.fstat(segment_fd)
-    return may_spin
+def open_comm(segment_fd: int, spec: WorkerSpec, may_spin: bool) -> Segment:
+    """Only the part that breaks waits."""
+    return Segment(segment_fd)
 
 
 class FakeRunner:
-    """Obeys the plan: the first token of the first new sequence is an order, by ``ORDERS``."""
+    """Obeys the plan: a new sequence's first token is an order, by ``ORDERS``, to one rank or all.
 
-    def __init__(
-        self, shard: FakeShard, spec: WorkerSpec, comm: object, arena: mmap.mmap | None
-    ) -> None:
+    The order ``AWAIT`` is a collective that never ends.
+    """
+
+    def __init__(self, shard: FakeShard, spec: WorkerSpec, comm: Segment, arena: mmap.mmap) -> None:
         self._weights = shard.memory
         self._spec = spec
+        self._segment = comm
         self._arena = arena
         self._speaks = spec.shard.is_last and spec.shard.tp_rank == 0
         if spec.shard.folder == "fails-to-start":
@@ -77,12 +90,20 @@ class FakeRunner:
     def execute(self, plan: StepPlan) -> StepResult | None:
         """Tell what this rank sees, or do what is ordered."""
         new = [sequence for lane in plan.lanes for sequence in lane.new]
-        if new and new[0].sequence_id in (-1, self._rank()):
-            ORDERS[new[0].token_ids[0]]()
+        for sequence in new:
+            if sequence.sequence_id in (-1, self._rank()):
+                self._obey(sequence.token_ids[0])
         if not self._speaks:
             return None
         sampled = tuple(Sampled(each.sequence_id, self._token(each.token_ids)) for each in new)
         return StepResult(plan.epoch, plan.step, (LaneResult(sampled),))
+
+    def _obey(self, order: int) -> None:
+        while order == AWAIT and not self._segment.interrupted:
+            time.sleep(0.01)
+        if order == AWAIT:
+            raise WaitInterruptedError("waiting for rank 9 was interrupted")
+        ORDERS[order]()
 
     def _rank(self) -> int:
         return self._spec.shard.pp_rank * self._spec.shard.tp_size + self._spec.shard.tp_rank
@@ -91,7 +112,6 @@ class FakeRunner:
         if token_ids[0] == READ_WEIGHTS:
             return sum(self._weights[:: mmap.PAGESIZE])
         if token_ids[0] == COUNT_ARENA:
-            assert self._arena is not None
             self._arena[0] = (self._arena[0] + 1) % 256
             return self._arena[0]
         return len(token_ids)
@@ -126,27 +146,100 @@ def _die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _complain() -> None:
+    raise CommunicationError("rank 1 is late")
+
+
+def _die_later() -> None:
+    time.sleep(0.05)
+    _die()
+
+
 def _nothing() -> None:
     return
 
 
-NOTHING, SPIN, SLEEP, RAISE, DIE, READ_WEIGHTS, COUNT_ARENA = range(7)
-ORDERS = (_nothing, _spin, _sleep, _raise, _die, _nothing, _nothing)
+ORDERS = (_nothing, _spin, _sleep, _raise, _die, _complain, _die_later) + (_nothing,) * 3
+NOTHING, SPIN, SLEEP, RAISE, DIE, COMPLAIN, DIE_LATER, READ_WEIGHTS, COUNT_ARENA, AWAIT = range(10)
 
 
-def main(num_workers: int) -> None:
-    """A supervising script: start workers, print the pids, never stop."""
-    from process_helpers import FAKES, replica_spec  # the parent of this script knows the path
+_MODULE = "tests.multi.fakes"  # also where this file runs as a script
 
-    from spanwise.worker.supervisor import Supervisor
+FAKES = Entries(
+    describe=f"{_MODULE}:describe",
+    load=f"{_MODULE}:load_shard",
+    comm=f"{_MODULE}:open_comm",
+    runner=f"{_MODULE}:FakeRunner",
+    preload=(),
+)
 
+
+def replica_spec(
+    folder: str = "fake-0", pp_size: int = 1, tp_size: int = 1, dp: int = 0, kind: str = "cpu"
+) -> ReplicaSpec:
+    """A replica of ``pp_size`` stages of ``tp_size`` ranks; each rank on a device of its own."""
+    places = [RankPlace(dp=dp, pp=pp, tp=tp) for pp in range(pp_size) for tp in range(tp_size)]
+    workers = tuple(_worker_spec(folder, place, pp_size, tp_size, kind) for place in places)
+    return ReplicaSpec(workers, (4096,) * len(workers), SegmentLayout(pp_size, tp_size))
+
+
+def _worker_spec(
+    folder: str, place: RankPlace, pp_size: int, tp_size: int, kind: str
+) -> WorkerSpec:
+    return WorkerSpec(
+        place=place,
+        device=DeviceSpec(kind="cuda" if kind == "cuda" else "cpu", index=place.tp),
+        shard=ShardSpec(
+            folder=folder,
+            dtype="float32",
+            first_layer=place.pp,
+            end_layer=place.pp + 1,
+            num_layers=pp_size,
+            pp_rank=place.pp,
+            pp_size=pp_size,
+            tp_rank=place.tp,
+            tp_size=tp_size,
+        ),
+        cache=CacheLayout(block_size=16, groups=()),
+        epoch=0,
+        max_step_tokens=64,
+        max_in_flight=4,
+        max_model_len=64,
+    )
+
+
+def supervise(phase: str) -> None:
+    """A script that gets as far as ``phase``, says which processes there are, and waits."""
     supervisor = Supervisor(FAKES)
-    specs = replica_spec(tp_size=num_workers)
-    supervisor.load([worker.shard for worker in specs.workers])
-    supervisor.spawn([specs])
+    spec = replica_spec("slow" if phase == "loading" else "fake-0", tp_size=2)
+    if phase == "loading":
+        shards = [worker.shard for worker in spec.workers]
+        threading.Thread(target=supervisor.load, args=[shards], daemon=True).start()
+        while len(supervisor.pids()) < 3:
+            time.sleep(0.01)
+    else:
+        supervisor.load([worker.shard for worker in spec.workers])
+        executor = LocalProcessExecutor(supervisor.spawn([spec])[0])
+        if phase == "stuck":
+            executor.submit(plan(0, SPIN))
+            executor.wait(0.2)
     print(*supervisor.pids(), flush=True)
-    Path("/dev/stdin").read_bytes()
+    sys.stdin.read()
+
+
+def plan(step: int, order: int = 0, rank: int = -1, num_tokens: int = 1) -> StepPlan:
+    """A plan that orders one rank (-1: all of them) to do something."""
+    return StepPlan(0, step, (LanePlan(new=(_order(order, rank, num_tokens),)),))
+
+
+def plan_of_two(step: int, first: int, second: int) -> StepPlan:
+    """A plan with an order for each of the ranks 0 and 1."""
+    return StepPlan(0, step, (LanePlan(new=(_order(first, 0), _order(second, 1))),))
+
+
+def _order(order: int, rank: int, num_tokens: int = 1) -> NewSequence:
+    return NewSequence(rank, (order,) * num_tokens, num_tokens, SamplingSpec())
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    supervise(sys.argv[1])

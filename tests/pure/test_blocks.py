@@ -105,11 +105,10 @@ def test_peak_is_reached_and_never_passed(window: int, block_size: int, chunk: i
         assert most == bound
 
 
-def test_outstanding_never_asks_for_more_than_there_is() -> None:
-    table, _ = make_table(make_layout(2, (0, 10), (4, 3)))
-    assert table.outstanding(9, 100) == (5, 3)
-    table.extend(4)
-    assert table.outstanding(9, 100) == (3, 1)
+def test_needed_never_asks_for_more_than_there_is() -> None:
+    table, _ = make_table(make_layout(2, (0, 10), (4, 3), (4, 10)))
+    assert table.needed(9, 100) == (5, 3, 5)
+    assert table.needed(9, 2) == (5, 3, 3)
 
 
 def test_max_positions() -> None:

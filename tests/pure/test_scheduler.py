@@ -269,6 +269,30 @@ def test_chunks_of_a_long_prompt_have_its_length_from_the_start() -> None:
     assert [rows(m)[0][1:4] for m in made] == [(0, 4, 8), (4, 4, 8), (8, 1, 9)]
 
 
+def test_a_sequence_begun_anew_keeps_its_age() -> None:
+    scheduler = make_scheduler(num_blocks=6, max_in_flight=1, recompute_lengths=(5,))
+    add(scheduler, 1, 4, max_tokens=10)
+    add(scheduler, 2, 8, max_tokens=10)
+    made = []
+    for _ in range(6):
+        made.append(plan(scheduler))
+        answer(scheduler, made[-1])
+    assert made[2].lanes[0].dropped == (1,)
+    assert rows(made[4]) == [(1, 7, 1, 8, True), (2, 11, 1, 12, True)]
+    assert rows(made[5]) == [(1, 8, 1, 9, True)], "one block for two: the older has it"
+
+
+def test_admission_leaves_a_margin_to_those_that_run() -> None:
+    for num_prompt, num_rows in ((197 * 4, 2), (198 * 4, 1)):
+        scheduler = make_scheduler(num_blocks=200, max_step_tokens=1000, max_model_len=1000)
+        add(scheduler, 1, 1, max_tokens=5)
+        add(scheduler, 2, num_prompt, max_tokens=1)
+        assert len(rows(plan(scheduler))) == num_rows
+    scheduler = make_scheduler(num_blocks=200, max_step_tokens=1000, max_model_len=1000)
+    add(scheduler, 1, 200 * 4, max_tokens=1)
+    assert len(rows(plan(scheduler))) == 1, "alone it may have all"
+
+
 def test_pooling_ends_with_the_last_position() -> None:
     scheduler = make_scheduler(max_step_tokens=4, max_model_len=6)
     add(scheduler, 1, 6, task="pool")

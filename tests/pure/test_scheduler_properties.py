@@ -7,6 +7,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 import msgspec
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -430,15 +431,24 @@ def crowded_case(**changes: object) -> Case:
     return Case(config, made, 5, ())
 
 
-def test_a_crowd_in_few_blocks_is_served_by_preemption() -> None:
-    for changes in ({}, {"num_micro_batches": 3, "max_in_flight": 6}):
-        case = crowded_case(**changes)
-        driver = Driver(case)
-        driver.drive()
-        introduced = [n.sequence_id for p in driver.plans for n in p.lanes[0].new]
-        assert len(introduced) > 2 * len(case.jobs), "each once, each anew past length 20, and more"
-        for job in case.jobs:
-            assert driver.outcomes[job.request.sequence_id] == reference(job, case.config)
+@pytest.mark.parametrize("num_micro_batches", [1, 3])
+@pytest.mark.parametrize("max_step_tokens", [3, 16])
+@pytest.mark.parametrize("num_blocks", [26, 36])
+def test_a_crowd_in_few_blocks_is_served_by_preemption(
+    num_blocks: int, max_step_tokens: int, num_micro_batches: int
+) -> None:
+    case = crowded_case(
+        max_step_tokens=max_step_tokens,
+        cache=CacheLayout(2, (CacheGroup((0,), 0, num_blocks), CacheGroup((1,), 6, 30))),
+        num_micro_batches=num_micro_batches,
+        max_in_flight=2 * num_micro_batches,
+    )
+    driver = Driver(case)
+    driver.drive()
+    introduced = [n.sequence_id for p in driver.plans for n in p.lanes[0].new]
+    assert len(introduced) > 2 * len(case.jobs), "each once, each anew past length 20, and more"
+    for job in case.jobs:
+        assert driver.outcomes[job.request.sequence_id] == reference(job, case.config)
 
 
 def test_preemption_costs_a_bounded_share() -> None:

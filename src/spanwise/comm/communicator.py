@@ -12,7 +12,7 @@ import torch
 class Communicator(Protocol):
     """Collectives of one group. Every rank of the group calls the same operations in one order.
 
-    A wait can be broken (raises Interrupted); a failure says rank and operation
+    A wait can be broken (raises WaitInterruptedError); a failure says rank and operation
     (raises CommunicationError).
     """
 

@@ -15,7 +15,7 @@ from time import monotonic, perf_counter
 
 from spanwise.comm import futex
 from spanwise.comm.segment import Channel, Segment
-from spanwise.errors import CommunicationError, Interrupted
+from spanwise.errors import CommunicationError, WaitInterruptedError
 
 DEFAULT_SPIN_S = 50e-6
 DEFAULT_TIMEOUT_S = 300.0
@@ -71,7 +71,7 @@ class Counters:
     def wait_for(self, other: int, count: int, operation: str) -> None:
         """Return once ``other`` has published ``count`` or more.
 
-        Raises Interrupted after an interruption, CommunicationError after ``timeout_s``.
+        Raises WaitInterruptedError after an interruption, CommunicationError after ``timeout_s``.
         """
         if self._words[self._index[other]] < count and not self._spin(other, count):
             self._sleep(other, count, operation)
@@ -109,7 +109,8 @@ class Counters:
     def _check(self, other: int, seen: int, count: int, operation: str, deadline: float) -> None:
         place = f"{self._names[self._member]}: {operation} number {count}"
         if self._segment.interrupted:
-            raise Interrupted(f"{place} was interrupted while waiting for {self._names[other]}")
+            peer = self._names[other]
+            raise WaitInterruptedError(f"{place} was interrupted while waiting for {peer}")
         if monotonic() >= deadline:
             raise CommunicationError(
                 f"{place} waited {self._timeout_s:g} s for {self._names[other]}, which has done "

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from spanwise.comm.ordered_sum import ordered_sum
-from spanwise.errors import CommunicationError, Interrupted
+from spanwise.errors import CommunicationError, WaitInterruptedError
 
 _ONE_SHOT_BYTES = 1 << 18
 _MAX_UNSENT = 8
@@ -93,12 +93,12 @@ class Operations:
     def _guard(self, operation: str, call: Callable[[], Result]) -> Result:
         place = f"{self._name}: {operation} number {self._count}"
         if self._interrupted.is_set():
-            raise Interrupted(f"{place} was interrupted")
+            raise WaitInterruptedError(f"{place} was interrupted")
         try:
             return call()
         except RuntimeError as error:
             if self._interrupted.is_set():
-                raise Interrupted(f"{place} was interrupted") from error
+                raise WaitInterruptedError(f"{place} was interrupted") from error
             first_line = str(error).partition("\n")[0]
             raise CommunicationError(f"{place} failed: {first_line}") from error
 

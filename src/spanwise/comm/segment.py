@@ -83,7 +83,7 @@ class SegmentLayout:
 
     @property
     def total_bytes(self) -> int:
-        """Size of the whole segment."""
+        """Size of the whole segment: what it takes once every page of it was touched."""
         last = self.channels[-1]
         return max(last.slots_at + last.num_slots * last.slot_bytes, _PAGE_BYTES)
 
@@ -149,13 +149,8 @@ def create_segment(name: str, layout: SegmentLayout) -> int:
     return fd
 
 
-def segment_bytes(layout: SegmentLayout) -> int:
-    """What the segment takes once every page of it was touched."""
-    return layout.total_bytes
-
-
 def interrupt(fd: int) -> None:
-    """Break the waits of all ranks on the segment: each raises Interrupted within 0.1 s.
+    """Break the waits of all ranks on the segment: each raises WaitInterruptedError within 0.1 s.
 
     Final for this segment: the next epoch gets a new one.
     """

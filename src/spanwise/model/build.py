@@ -20,12 +20,13 @@ def read_model_config(folder: str | Path) -> PretrainedConfig:
     """The folder's config as transformers reads it. Raises ModelError."""
     raw = read_config(Path(folder))
     try:
-        return AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        config: PretrainedConfig = AutoConfig.from_pretrained(str(folder), local_files_only=True)
     except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise ModelError(
             f"config.json of model_type {raw.get('model_type')!r} cannot be used: {reason}"
         ) from error
+    return config
 
 
 def resolve_dtype(config: PretrainedConfig, wanted: str) -> torch.dtype:
@@ -53,7 +54,7 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMod
         )
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, attn_implementation=seams.ATTENTION, dtype=dtype
             )
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:

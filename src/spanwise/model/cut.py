@@ -9,7 +9,7 @@ not understood stays whole on every rank: more memory, the same tokens; it is na
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -42,7 +42,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class LayerShare:
-    """What the rank's attention of one layer holds: its cache and which KV head each query reads."""
+    """What a rank's attention of one layer holds: cache, and the KV head each query reads."""
 
     cache: LayerCache
     kv_index: tuple[int, ...] | None
@@ -88,7 +88,9 @@ class Cutter:
         if self.size == 1:
             self.cut.layers[layer] = whole
         else:
-            self.cut.layers[layer] = self._attempt(seen.name, lambda: self._attention(seen)) or whole
+            self.cut.layers[layer] = (
+                self._attempt(seen.name, lambda: self._attention(seen)) or whole
+            )
             self._mlps(name, seen.name)
         for experts in (n for n in self.probe.experts if n.startswith(f"{name}.")):
             self._experts(experts)
@@ -200,7 +202,7 @@ class Cutter:
         if unknown:
             raise NotUnderstoodError(f"parameter {unknown[0]}")
         in_dim, out_dim = (1, 2) if module.is_transposed else (2, 1)
-        width = module.down_proj.shape[in_dim]  # type: ignore[union-attr]
+        width = int(module.get_parameter("down_proj").shape[in_dim])
         own = split_evenly(width, self.size)[self.rank]
         if not module.has_gate:
             ranges = _at(own)
@@ -321,7 +323,7 @@ class _AttentionPlan:
             return self.seen.query_dim, 0, self.seen.value_dim
         return self.seen.query_dim, self.seen.cache.key_dim, self.seen.cache.value_dim
 
-    def _norm(self, name: str, leaf: str, own: dict[str, torch.Tensor]) -> None:
+    def _norm(self, name: str, leaf: str, own: Mapping[str, torch.Tensor]) -> None:
         """A norm inside the attention: over each head (kept) or over all heads (gathered)."""
         role = tables.ATTENTION_NORMS.get(leaf)
         query_dim, key_dim, _ = self._dims()

@@ -44,8 +44,8 @@ class RoutedExperts:
         if self.split == "whole":
             products = self.context.tp.all_reduce(products)
         mixed = torch.zeros_like(hidden)
-        for slot in range(index.shape[1]):
-            mixed += (products[:, slot] * weights[:, slot, None]).to(hidden.dtype)
+        for place in range(index.shape[1]):
+            mixed += (products[:, place] * weights[:, place, None]).to(hidden.dtype)
         return self.context.tp.all_reduce(mixed) if self.split == "columns" else mixed
 
     def _adds_bias(self) -> bool:
@@ -53,16 +53,11 @@ class RoutedExperts:
         return self.split != "columns" or self.context.tp.rank == 0
 
 
-def _expert(
-    module: nn.Module, local: int, hidden: torch.Tensor, adds_bias: bool
-) -> torch.Tensor:
+def _expert(module: nn.Module, local: int, hidden: torch.Tensor, adds_bias: bool) -> torch.Tensor:
     """One expert's output ``[n, hidden]``, unweighted; layouts as transformers declares them."""
     first = "gate_up_proj" if module.has_gate else "up_proj"
     inner = _linear(module, first, local, hidden, adds_bias=True)
-    if module.has_gate:
-        inner = module._apply_gate(inner)  # type: ignore[operator]
-    else:
-        inner = module.act_fn(inner)  # type: ignore[operator]
+    inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)  # type: ignore[operator]
     return _linear(module, "down_proj", local, inner, adds_bias)
 
 

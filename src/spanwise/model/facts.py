@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -31,9 +32,10 @@ def describe(folder: str, dtype: str) -> ModelFacts:
     facts = ModelFacts(
         architecture=type(model).__name__,
         model_type=str(config.model_type),
+        dtype=str(model.dtype).removeprefix("torch."),
         num_layers=len(seen.attention),
         hidden_size=int(text.hidden_size),
-        vocab_size=int(embeddings.weight.shape[0]),
+        vocab_size=_rows(embeddings),
         max_position=min(limits, default=0),
         num_attention_heads=seen.attention[0].num_heads,
         num_kv_heads=seen.attention[0].num_kv_heads,
@@ -49,6 +51,11 @@ def describe(folder: str, dtype: str) -> ModelFacts:
         replicated=_whole_under_tensor_parallelism(model, seen),
     )
     return facts
+
+
+def _rows(embeddings: nn.Module) -> int:
+    assert isinstance(embeddings.weight, torch.Tensor)
+    return embeddings.weight.shape[0]
 
 
 def _num_experts(model: PreTrainedModel, seen: Probe) -> int:

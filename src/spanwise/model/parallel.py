@@ -19,7 +19,8 @@ def is_linear(module: nn.Module) -> bool:
 
 def features(module: nn.Module) -> tuple[int, int]:
     """Input and output features of a linear."""
-    rows, columns = module.weight.shape  # type: ignore[misc,union-attr]
+    assert isinstance(module.weight, torch.Tensor)
+    rows, columns = module.weight.shape
     return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
 
 
@@ -36,7 +37,7 @@ class RowParallel:
         partial = hidden @ weight if isinstance(self.module, Conv1D) else F.linear(hidden, weight)
         total = self.context.tp.all_reduce(partial)
         bias = self.module.bias
-        return total if bias is None else total + bias
+        return total + bias if isinstance(bias, torch.Tensor) else total
 
 
 class VocabParallelEmbedding:
@@ -93,6 +94,6 @@ class GatheredNorm:
         return self.forward(whole)[..., self.own.start : self.own.stop]
 
 
-def replace_forward(module: nn.Module, forward: Callable[..., torch.Tensor]) -> None:
+def replace_forward(module: nn.Module, forward: Callable[..., object]) -> None:
     """Let ``module`` compute by ``forward``; its parameters keep their names."""
     module.__dict__["forward"] = forward

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from spanwise.errors import ModelError
 from spanwise.model import seams
 from spanwise.model.build import set_attention
-from spanwise.types.cache import LayerCache
+from spanwise.types.cache import CacheKind, LayerCache
 
 # A number no model has as a width, so that shapes tell where the tokens are.
 NUM_TOKENS = 11
@@ -82,7 +82,12 @@ class _Recorder(seams.CacheShape):
         self.experts: list[str] = []
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *_: Any,
+        **__: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Note what a layer stores."""
         if layer_idx in self.updates:
@@ -103,10 +108,11 @@ class _Recorder(seams.CacheShape):
             raise ModelError(f"{type(module).__name__} attends without storing keys and values")
         stored_key, stored_value = self.updates[self.current]
         _check_options(module, options)
-        kind = "full" if key is stored_key and value is stored_value else "latent"
+        kept = key is stored_key and value is stored_value
         window = _window(module, options)
+        kind: CacheKind = "latent" if not kept else "window" if window else "full"
         cache = LayerCache(
-            kind="window" if kind == "full" and window else kind,
+            kind=kind,
             num_heads=stored_key.shape[1],
             key_dim=stored_key.shape[-1],
             value_dim=stored_value.shape[-1],
@@ -205,8 +211,15 @@ def probe(model: PreTrainedModel) -> Probe:
     try:
         with torch.no_grad():
             run_on_meta(model, recorder)
-    except (RuntimeError, TypeError, AttributeError, NotImplementedError, ValueError, KeyError,
-            IndexError) as error:
+    except (
+        RuntimeError,
+        TypeError,
+        AttributeError,
+        NotImplementedError,
+        ValueError,
+        KeyError,
+        IndexError,
+    ) as error:
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
         raise ModelError(
             f"{type(model).__name__} cannot run through the attention interface and a paged cache: "
@@ -235,7 +248,8 @@ def _find_layers(model: PreTrainedModel, result: Probe) -> None:
             return
         if inside:
             without = sorted(
-                set(range(len(module))) - {int(s.name[len(name) + 1 :].split(".")[0]) for s in inside}
+                set(range(len(module)))
+                - {int(s.name[len(name) + 1 :].split(".")[0]) for s in inside}
             )
             raise ModelError(
                 f"{type(model).__name__}: layers {without[:8]} of {len(module)} keep no attention "

@@ -31,7 +31,7 @@ class _LongRope:
         self.short, _ = rule(module.config, torch.device("cpu"), seq_len=border)
         self.long, _ = rule(module.config, torch.device("cpu"), seq_len=border + 1)
         # The module's own switch looks at the whole batch; as "default" it leaves factors alone.
-        module.rope_type = "default"  # type: ignore[assignment]
+        module.__dict__["rope_type"] = "default"
 
     def __call__(self, x: torch.Tensor, position_ids: torch.Tensor, **options: Any) -> Tables:
         """``position_ids`` ``[1, tokens]`` to cosines and sines ``[1, tokens, dim]``."""
@@ -41,7 +41,7 @@ class _LongRope:
         return torch.where(is_long, long[0], short[0]), torch.where(is_long, long[1], short[1])
 
     def _with(self, factors: torch.Tensor, *args: Any, **options: Any) -> Tables:
-        self.module.inv_freq = factors.to(args[0].device)  # type: ignore[assignment]
+        self.module.inv_freq = factors.to(args[0].device)
         return self.inner(*args, **options)
 
 

@@ -26,12 +26,12 @@ _HANDLER = "_spanwise_handler"
 
 
 class AttentionHandler(Protocol):
-    """Computes one layer's attention; q ``[1, heads, tokens, dim]`` to ``[1, tokens, heads, dim]``."""
+    """Computes one layer's attention."""
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any
     ) -> torch.Tensor:
-        """Answer the registered attention function's call."""
+        """``query`` ``[1, heads, tokens, dim]`` to ``[1, tokens, heads, value_dim]``."""
         ...
 
 

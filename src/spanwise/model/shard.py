@@ -109,9 +109,7 @@ class Shard:
         return logits if self._slices_logits else logits[batch.wanted]
 
 
-def cut_on_meta(
-    model: PreTrainedModel, seen: Probe, spec: ShardSpec, context: ShardContext
-) -> Cut:
+def cut_on_meta(model: PreTrainedModel, seen: Probe, spec: ShardSpec, context: ShardContext) -> Cut:
     """Leave of a built model what one rank owns, still without memory."""
     keep_stage(model, seen, spec, context)
     make_per_sequence(model, context)
@@ -153,9 +151,7 @@ def _load_tensors(
         _place(model, name, loaded[key], tensor)
 
 
-def _place(
-    model: PreTrainedModel, name: str, value: torch.Tensor, template: torch.Tensor
-) -> None:
+def _place(model: PreTrainedModel, name: str, value: torch.Tensor, template: torch.Tensor) -> None:
     assert value.shape == template.shape, (name, value.shape, template.shape)
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)

@@ -102,9 +102,7 @@ def keep_stage(
         _remove(model, probe.after_layers, probe, context)
 
 
-def _remove(
-    model: PreTrainedModel, names: list[str], probe: Probe, context: ShardContext
-) -> None:
+def _remove(model: PreTrainedModel, names: list[str], probe: Probe, context: ShardContext) -> None:
     dtype = model.dtype
     for name in names:
         if probe.layers_name.startswith(f"{name}.") or name == "":

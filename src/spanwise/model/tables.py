@@ -9,7 +9,9 @@ from transformers import PreTrainedModel
 
 from spanwise.errors import PlanError
 
-AttentionRole = Literal["query", "key", "value", "packed", "per_head", "latent_heads", "out", "whole"]
+AttentionRole = Literal[
+    "query", "key", "value", "packed", "per_head", "latent_heads", "out", "whole"
+]
 
 # Linears of an attention module by the name of the leaf. "packed": queries, keys and values side
 # by side; "per_head": one head's three after the other's; "latent_heads": a latent expanded to

@@ -15,7 +15,15 @@ from spanwise.runner.logprobs import prompt_logprobs
 from spanwise.runner.rows import BatchBuilder, WantedLogits
 from spanwise.runner.sampling import SampleRow, sample
 from spanwise.runner.sequences import SequenceTable
-from spanwise.types.plan import LanePlan, LaneResult, Row, Sampled, StepPlan, StepResult
+from spanwise.types.plan import (
+    LanePlan,
+    LaneResult,
+    Row,
+    Sampled,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
 from spanwise.types.worker import WorkerSpec
 
 
@@ -103,8 +111,7 @@ class Runner:
 
     def _lacks_tokens(self, lane: LanePlan) -> bool:
         return any(
-            row.start + row.count > len(self._known[row.sequence_id].token_ids)
-            for row in lane.rows
+            row.start + row.count > len(self._known[row.sequence_id].token_ids) for row in lane.rows
         )
 
     def _take_tokens(self, awaited: _AwaitedTokens) -> None:
@@ -127,7 +134,8 @@ class Runner:
             self._known[w.row.sequence_id].token_ids.append(token_id)
         if self._comm.tokens is not None and token_ids:
             self._comm.tokens.send(torch.tensor(token_ids))
-        drawn = dict(zip((w.row.sequence_id for w in drawing), zip(token_ids, logprobs, strict=True), strict=True))
+        answers = zip(token_ids, logprobs, strict=True)
+        drawn = {w.row.sequence_id: a for w, a in zip(drawing, answers, strict=True)}
         results = []
         for w in wanted:
             token_id, token_logprobs = drawn.get(w.row.sequence_id, (-1, None))
@@ -149,7 +157,9 @@ class Runner:
         intro = sequence.intro
         return SampleRow(intro.sampling, end, sequence.token_ids, intro.num_prompt)
 
-    def _score_prompt(self, logits: torch.Tensor, wanted: WantedLogits) -> tuple:
+    def _score_prompt(
+        self, logits: torch.Tensor, wanted: WantedLogits
+    ) -> tuple[TokenLogprobs, ...]:
         if not wanted.prompt:
             return ()
         sequence, start = self._known[wanted.row.sequence_id], wanted.row.start

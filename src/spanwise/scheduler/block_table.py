@@ -99,17 +99,17 @@ class BlockTable:
         """Make place for positions up to ``end`` (exclusive): per group, the blocks appended."""
         return tuple(table.extend(end) for table in self._tables)
 
-    def outstanding(self, positions: int, chunk: int) -> tuple[int, ...]:
-        """Per group, how many blocks more it takes at most to compute up to ``positions``."""
-        return tuple(self._missing(table, positions, chunk) for table in self._tables)
+    def needed(self, positions: int, chunk: int) -> tuple[int, ...]:
+        """Per group, the most blocks held at once to compute so many positions from 0.
+
+        All there are where a windowed group has fewer: chunks then shrink to what fits.
+        """
+        return tuple(
+            min(peak_blocks(t.group, t.block_size, positions, chunk), t.pool.num_blocks)
+            for t in self._tables
+        )
 
     def release(self) -> None:
         """Give every block back."""
         for table in self._tables:
             table.release()
-
-    @staticmethod
-    def _missing(table: _GroupTable, positions: int, chunk: int) -> int:
-        # A window wider than the pool allows is computed in smaller chunks.
-        peak = peak_blocks(table.group, table.block_size, positions, chunk)
-        return max(0, min(peak, table.pool.num_blocks) - len(table.held))

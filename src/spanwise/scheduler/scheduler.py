@@ -183,18 +183,18 @@ class Scheduler:
                 draft.add(sequence)
 
     def _admit(self, draft: Draft) -> None:
-        """Admit by age while blocks for all known tokens are free, those promised left aside."""
-        spare = self._spare_blocks()
+        """Admit by age while blocks for all tokens known of the next sequence are free.
+
+        Prompts admitted before have theirs: one that is not through has used up the budget.
+        """
         while self._waiting and draft.budget and len(self._running) < self._config.max_num_seqs:
             sequence = self._waiting[0]
-            needed = self._outstanding(sequence)
-            if sequence.num_in_flight or not self._can_hold(spare, needed):
+            if sequence.num_in_flight or not self._can_hold(sequence):
                 return
             self._waiting.popleft()
             insort(self._running, sequence, key=_arrival)
             draft.new.append(sequence.introduce(self._config.recompute_lengths))
             draft.add(sequence)
-            spare = [have - taken for have, taken in zip(spare, needed, strict=True)]
 
     def _emit(self, draft: Draft) -> StepPlan:
         lane = LanePlan(tuple(self._dropped), tuple(draft.new), tuple(draft.rows))
@@ -206,22 +206,15 @@ class Scheduler:
 
     # Blocks.
 
-    def _outstanding(self, sequence: Sequence) -> tuple[int, ...]:
-        return sequence.blocks.outstanding(sequence.end, self._config.max_step_tokens)
+    def _can_hold(self, sequence: Sequence) -> bool:
+        needed = sequence.blocks.needed(sequence.end, self._config.max_step_tokens)
+        return all(
+            count + self._margin(pool) <= pool.num_free
+            for count, pool in zip(needed, self._pools, strict=True)
+        )
 
-    def _spare_blocks(self) -> list[int]:
-        """Per group, the free blocks that no admitted prompt will need."""
-        spare = [pool.num_free for pool in self._pools]
-        for sequence in self._running:
-            if sequence.wanted > 1:
-                promised = self._outstanding(sequence)
-                spare = [have - taken for have, taken in zip(spare, promised, strict=True)]
-        return spare
-
-    def _can_hold(self, spare: list[int], needed: tuple[int, ...]) -> bool:
-        share = _WATERMARK_SHARE
-        margins = [pool.num_blocks // share if self._running else 0 for pool in self._pools]
-        return all(n + m <= s for n, m, s in zip(needed, margins, spare, strict=True))
+    def _margin(self, pool: BlockPool) -> int:
+        return pool.num_blocks // _WATERMARK_SHARE if self._running else 0
 
     def _make_room(self, sequence: Sequence, draft: Draft) -> bool:
         """Get a place for the sequence's next position; False if it has to wait for one.

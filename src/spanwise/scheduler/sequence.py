@@ -54,8 +54,8 @@ class Sequence:
 
     @property
     def is_outgrown(self) -> bool:
-        """Whether what is computed holds only for a shorter sequence (nothing is in flight)."""
-        return self._horizon < self.end < self.limit and not self.num_in_flight
+        """Whether what is computed holds only for a shorter sequence."""
+        return self._horizon < self.end < self.limit
 
     def introduce(self, recompute_lengths: tuple[int, ...]) -> NewSequence:
         """Begin anew from position 0, with every token known; nothing may be in flight.

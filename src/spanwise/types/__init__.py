@@ -1,1 +1,1 @@
-"""Frozen records that pass between rooms. Imports nothing of the package; holds no logic but checks."""
+"""Frozen records that pass between rooms. No logic but checks."""

@@ -36,3 +36,4 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     replicated: tuple[str, ...] = ()
     pipeline_refusal: str = ""
     tensor_refusal: str = ""
+    dtype: str = "float32"

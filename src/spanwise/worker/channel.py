@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import struct
+from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any, Generic, TypeVar
@@ -16,13 +17,14 @@ Incoming = TypeVar("Incoming")
 
 _HEADER = struct.Struct("<QI")  # bytes of the body, open files that come with it
 _CHUNK_BYTES = 1 << 18
-_MAX_FDS = 64
+_FD_BYTES = array("i").itemsize
+_FDS_SPACE = socket.CMSG_SPACE(64 * _FD_BYTES)
 _RECEIVE_FLAGS = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 
 _encoder = msgspec.msgpack.Encoder()
 
 
-class ChannelClosed(EngineError):  # noqa: N818 - named after what happens, as Interrupted is
+class ChannelClosed(EngineError):  # noqa: N818 - named after what happens, as WaitInterruptedError is
     """The other side has closed, or is gone."""
 
 
@@ -121,15 +123,17 @@ class Channel(Generic[Incoming]):
 
     def _read(self, flags: int) -> None:
         try:
-            data, fds, _, _ = socket.recv_fds(
-                self._socket, _CHUNK_BYTES, _MAX_FDS, flags | _RECEIVE_FLAGS
+            # Not socket.recv_fds, which forgets the flags.
+            data, ancillary, _, _ = self._socket.recvmsg(
+                _CHUNK_BYTES, _FDS_SPACE, flags | _RECEIVE_FLAGS
             )
         except ConnectionResetError:
-            data, fds = b"", []
+            data, ancillary = b"", []
         if not data:
             raise ChannelClosed("the other side of a channel is gone")
         self._inbox += data
-        self._fds.extend(fds)
+        for _, _, numbers in ancillary:
+            self._fds.extend(array("i", numbers[: len(numbers) // _FD_BYTES * _FD_BYTES]))
 
     def _write_outbox(self, flags: int) -> None:
         try:

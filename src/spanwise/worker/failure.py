@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from spanwise import errors
-from spanwise.errors import InputError, Interrupted, SpanwiseError, WorkerError
+from spanwise.errors import InputError, SpanwiseError, WaitInterruptedError, WorkerError
 from spanwise.worker.channel import Channel, ChannelClosed
 from spanwise.worker.messages import Failed
 
@@ -49,7 +49,7 @@ def reported(channel: Channel[Any], where: Callable[[], str]) -> Iterator[None]:
     except ChannelClosed:
         raise
     except BaseException as error:
-        if os.environ.get("SPANWISE_DEBUG") and not isinstance(error, Interrupted):
+        if os.environ.get("SPANWISE_DEBUG") and not isinstance(error, WaitInterruptedError):
             traceback.print_exc()
         channel.send(failure_of(error, where()))
         raise

@@ -8,7 +8,7 @@ import selectors
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 from spanwise.worker.channel import Channel, ChannelClosed
@@ -43,13 +43,13 @@ class Forker:
                 while True:
                     self._serve_once(selector)
             except ChannelClosed:
-                return
+                list(_ended_children())  # leave no zombies to whoever adopts them
 
     def _serve_once(self, selector: selectors.BaseSelector) -> None:
         for key, _ in selector.select():
             if key.fileobj is self._wake_read:
                 self._wake_read.recv(4096)
-                self._reap()
+                self._report_exits()
             else:
                 for job, fds in self._channel.arrived():
                     assert not isinstance(job, Execute)
@@ -84,13 +84,18 @@ class Forker:
             sys.stderr.flush()
             os._exit(code)
 
-    def _reap(self) -> None:
-        """Report every child that has ended."""
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
-            self._channel.send(Exited(pid, os.waitstatus_to_exitcode(status)))
+    def _report_exits(self) -> None:
+        for pid, code in _ended_children():
+            self._channel.send(Exited(pid, code))
+
+
+def _ended_children() -> Iterator[tuple[int, int]]:
+    """Reap every child that has ended: its pid and code."""
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        yield pid, os.waitstatus_to_exitcode(status)

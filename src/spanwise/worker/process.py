@@ -26,10 +26,12 @@ class Process:
 
     def is_alive(self) -> bool:
         """Whether it still runs."""
-        return self._pidfd >= 0 and not self.wait(0)
+        return not self.wait(0)
 
     def wait(self, timeout_s: float) -> bool:
         """Wait for its end; True when it has ended."""
+        if self._pidfd < 0:
+            return True
         poll = select.poll()
         poll.register(self._pidfd, select.POLLIN)
         return bool(poll.poll(max(0.0, timeout_s) * 1e3))

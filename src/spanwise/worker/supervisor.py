@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import TypeVar
@@ -53,6 +54,8 @@ class Supervisor:
             raise DeviceError(f"worker processes need Linux, not {sys.platform}: use one device")
         self._exits: dict[int, int] = {}
         self._zygotes: dict[ShardSpec, ForkingProcess] = {}
+        self._infos: dict[ShardSpec, ShardInfo] = {}
+        self._users: Counter[ShardSpec] = Counter()
         self._replicas: list[Replica] = []
         self._lifeline = Lifeline()
         self._popen, self._server = self._start(entries or Entries())
@@ -73,10 +76,31 @@ class Supervisor:
     ) -> list[ShardInfo]:
         """Load each shard into a zygote of its own, all at once; say what each one holds.
 
+        A shard that is loaded already is shared: its weights stand once in memory.
+
         ``progress(loaded, wanted)`` is called as they come. Raises ModelError.
         """
-        zygotes = [self._zygote(spec) for spec in shards]
-        return [each.info for each in self._replies(zygotes, Loaded, progress)]
+        fresh = [spec for spec in dict.fromkeys(shards) if spec not in self._zygotes]
+        zygotes = [self._zygote(spec) for spec in fresh]
+        try:
+            replies = self._replies(zygotes, Loaded, progress)
+        except BaseException:
+            self._end_zygotes(fresh)
+            raise
+        self._infos.update(zip(fresh, (each.info for each in replies), strict=True))
+        self._users.update(shards)
+        return [self._infos[spec] for spec in shards]
+
+    def unload(self, shards: Sequence[ShardSpec]) -> None:
+        """Take back one ``load`` of these shards; weights nobody uses any more are freed."""
+        self._users.subtract(shards)
+        self._end_zygotes([spec for spec in dict.fromkeys(shards) if not self._users[spec]])
+
+    def release(self, replicas: Sequence[Replica], timeout_s: float = 5.0) -> None:
+        """End the workers of these replicas."""
+        for replica in replicas:
+            replica.close(timeout_s)
+            self._replicas.remove(replica)
 
     def spawn(self, specs: Sequence[ReplicaSpec]) -> list[Replica]:
         """Start the workers of all replicas and wait until they take plans.
@@ -109,11 +133,11 @@ class Supervisor:
         """End every process: ask, terminate after the time, kill. May be called again."""
         for replica in self._replicas:
             replica.close(timeout_s)
-        forkers = [*self._zygotes.values(), self._server]
-        end(forkers, timeout_s)
+        end(self._zygotes.values(), timeout_s)
+        end([self._server], timeout_s)
         self._popen.wait()
         self._lifeline.cut()
-        for process in forkers:
+        for process in (self._server, *self._zygotes.values()):
             process.close()
 
     def _start(self, entries: Entries) -> tuple[subprocess.Popen[bytes], ForkingProcess]:
@@ -134,8 +158,13 @@ class Supervisor:
         process = Process("the fork server", popen.pid, os.pidfd_open(popen.pid), channel)
         return popen, ForkingProcess(process, self._exits)
 
+    def _end_zygotes(self, specs: Sequence[ShardSpec]) -> None:
+        ending = [self._zygotes.pop(spec) for spec in specs if spec in self._zygotes]
+        end(ending, _STATUS_WAIT_S)
+        for zygote in ending:
+            zygote.close()
+
     def _zygote(self, spec: ShardSpec) -> ForkingProcess:
-        assert spec not in self._zygotes
         name = f"the zygote of {shard_name(spec)}"
         zygote = ForkingProcess(self._fork(self._server, name, LoadShard(spec)), self._exits)
         self._zygotes[spec] = zygote

@@ -1,0 +1,1 @@
+"""Which replica does what. Pure state machines: events in, decisions out."""

@@ -1,0 +1,205 @@
+"""Offline generation: the class a script uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from spanwise.engine.config import EngineConfig
+from spanwise.engine.engine import Engine
+from spanwise.engine.launch import EnginePlan, launch
+from spanwise.engine.prompt import Prompt, read_prompt
+from spanwise.engine.sampling_defaults import read_defaults
+from spanwise.engine.tokenizer import Tokenizer
+from spanwise.errors import EngineError, InputError, SpanwiseError
+from spanwise.layout.request import LayoutRequest
+from spanwise.model.folder import read_config, read_generation_config, resolve_model
+from spanwise.types.outputs import RequestOutput
+from spanwise.types.sampling import SamplingParams
+from spanwise.worker.supervisor import Supervisor
+
+
+class LLM:
+    """A model spread over devices, used from a script.
+
+    Args:
+        model: a folder, ``spanwise/tiny-dense``, ``spanwise/tiny-moe``, or a name on the hub.
+        devices: ``cpu``, ``cpu:4`` (four devices sharing the cores), ``cuda``, ``cuda:0,1``,
+            ``cuda:0*2`` (two ranks on one card). None: all CUDA cards, else the CPU.
+        tensor_parallel_size, pipeline_parallel_size, data_parallel_size: the layout; with none of
+            them, data parallel over the devices.
+        enable_expert_parallel: whole experts on each tensor-parallel rank, not slices of each.
+        pp_layers: layers of each stage by hand.
+        dtype: ``auto`` (the model's), ``float32``, ``bfloat16``, ``float16``.
+        max_model_len: longest sequence in tokens; None: what the model was made for, or fits.
+        max_num_seqs: sequences computed at once in a replica.
+        max_step_tokens: tokens computed in one step; prompts are cut to it.
+        kv_cache_memory: bytes for the KV caches of this host; None: what is free.
+        progress: called with a line as the start goes on.
+        supervisor: processes that several LLMs of this process share, so that each but the first
+            starts at once; it is the caller's to shut down.
+
+    Raises InputError (and its kinds ModelError, LayoutError, DeviceError) for what cannot be.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        devices: str | None = None,
+        tensor_parallel_size: int | None = None,
+        pipeline_parallel_size: int | None = None,
+        data_parallel_size: int | None = None,
+        enable_expert_parallel: bool = False,
+        pp_layers: Sequence[int] | None = None,
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 64,
+        max_step_tokens: int = 512,
+        block_size: int = 16,
+        kv_cache_memory: int | None = None,
+        progress: Callable[[str], None] | None = None,
+        supervisor: Supervisor | None = None,
+    ) -> None:
+        config = EngineConfig(
+            model=str(model),
+            devices=devices,
+            layout=LayoutRequest(
+                tensor_parallel_size=tensor_parallel_size,
+                pipeline_parallel_size=pipeline_parallel_size,
+                data_parallel_size=data_parallel_size,
+                enable_expert_parallel=enable_expert_parallel,
+                pp_layers=None if pp_layers is None else tuple(pp_layers),
+            ),
+            dtype=dtype,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_step_tokens=max_step_tokens,
+            block_size=block_size,
+            kv_cache_memory=kv_cache_memory,
+        )
+        self._open = False
+        folder = resolve_model(config.model)
+        defaults = read_defaults(read_generation_config(folder), read_config(folder))
+        self._tokenizer = Tokenizer(folder)
+        self._started = launch(config, folder, progress or (lambda _: None), supervisor)
+        self._engine = Engine(
+            self._started.replicas,
+            self._tokenizer,
+            defaults,
+            self._started.facts.vocab_size,
+            self.plan.max_model_len,
+        )
+        self._open = True
+
+    @property
+    def plan(self) -> EnginePlan:
+        """What was decided at start: layout, bytes per device, limits."""
+        return self._started.plan
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_output: Callable[[RequestOutput], None] | None = None,
+    ) -> list[RequestOutput]:
+        """Generate for every prompt; results in input order.
+
+        A prompt is a text, ``{"prompt": text}``, ``{"prompt_token_ids": ids}`` or
+        ``{"messages": conversation}``. ``sampling_params`` is one for all, or one for each.
+        ``on_output`` is called with each finished request as it comes. Raises InputError before
+        anything is computed if any prompt or parameter cannot be.
+        """
+        many = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        wanted = _one_each(sampling_params, len(many))
+        ids = self._add_all(list(zip(many, wanted, strict=True)))
+        finished: dict[int, RequestOutput] = {}
+        for output in self._outputs(len(ids)):
+            if output.finished:
+                finished[output.request_id] = output
+                if on_output is not None:
+                    on_output(output)
+        return [finished[request_id] for request_id in ids]
+
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Iterator[RequestOutput]:
+        """Generate for one prompt; yields the whole request each time it has grown."""
+        self._add_all([(prompt, sampling_params or SamplingParams())])
+        yield from self._outputs(1)
+
+    def shutdown(self) -> None:
+        """End every process and give memory back. May be called again."""
+        if not self._open:
+            return
+        self._open = False
+        self._started.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.shutdown()
+
+    def __del__(self) -> None:
+        if getattr(self, "_open", False):
+            self.shutdown()
+
+    def _add_all(self, wanted: Sequence[tuple[Prompt, SamplingParams]]) -> list[int]:
+        """Admit all requests or none."""
+        if not self._open:
+            raise EngineError("this LLM is shut down; make a new one")
+        ids: list[int] = []
+        try:
+            for number, (prompt, params) in enumerate(wanted):
+                ids.append(self._add(number, len(wanted), prompt, params))
+        except BaseException:
+            for request_id in ids:
+                self._engine.abort(request_id)
+            raise
+        return ids
+
+    def _add(self, number: int, of: int, prompt: Prompt, params: SamplingParams) -> int:
+        try:
+            text, token_ids = read_prompt(prompt, self._tokenizer)
+            return self._engine.add(text, token_ids, params)
+        except InputError as error:
+            if of == 1:
+                raise
+            raise type(error)(f"prompt {number}: {error}") from error
+
+    def _outputs(self, wanted: int) -> Iterator[RequestOutput]:
+        """Outputs until so many requests have finished; an early end aborts the rest."""
+        try:
+            while wanted:
+                for output in self._engine.step():
+                    wanted -= output.finished
+                    yield output
+        except SpanwiseError:
+            self.shutdown()
+            raise
+        finally:
+            if self._open:
+                self._engine.abort_all()
+
+
+def _one_each(
+    params: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> list[SamplingParams]:
+    if params is None:
+        return [SamplingParams()] * count
+    if isinstance(params, SamplingParams):
+        return [params] * count
+    given: list[Any] = list(params)
+    if len(given) != count:
+        raise InputError(
+            f"{count} prompts came with {len(given)} sampling_params; give one for all, or as many"
+        )
+    return given
