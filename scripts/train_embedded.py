@@ -7,7 +7,7 @@ rewritten whole at every checkpoint, so a run that is killed leaves a model that
 On Linux, MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_MMAP_THRESHOLD_=2000000000 in the environment
 make it a tenth faster: memory is then kept from one step to the next.
 
-examples:
+Examples:
   python scripts/train_embedded.py --smoke --output build/smoke    # a minute for each model
   python scripts/train_embedded.py --model moe --minutes 65        # the real thing, one core
   python scripts/train_embedded.py --model moe --minutes 80 --resume
@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.nn import functional
 from transformers import (
     GenerationConfig,
     LlamaConfig,
@@ -129,7 +129,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, SPECIAL.index(BOS))]
     )
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
         bos_token=BOS,
@@ -279,7 +279,7 @@ class Batches:
         if len(self.stream) < count:
             self.refill()
         taken, self.stream = self.stream[:count], self.stream[count:]
-        return F.pad(taken.view(rows, length - 1), (1, 0), value=SPECIAL.index(BOS))
+        return functional.pad(taken.view(rows, length - 1), (1, 0), value=SPECIAL.index(BOS))
 
     def refill(self) -> None:
         """One more pass over the documents, cut in pieces of 2047 ids in a random order."""
@@ -437,7 +437,7 @@ def measure(
             first = 512 if start else 1  # the first id to score
             with torch.no_grad():
                 logits = model(input_ids=window[None], use_cache=False).logits[0]
-            scored = F.cross_entropy(
+            scored = functional.cross_entropy(
                 logits[first - 1 : -1].float(), window[first:], reduction="sum"
             )
             nats += scored.item()
@@ -551,7 +551,7 @@ def card(training: Training, quality: Quality, final: bool) -> str:
 
 def generation_config() -> GenerationConfig:
     """Greedy; stops at the end of a text and at the end of a chat's turn."""
-    return GenerationConfig(  # type: ignore[no-untyped-call]
+    return GenerationConfig(
         pad_token_id=SPECIAL.index(PAD),
         bos_token_id=SPECIAL.index(BOS),
         eos_token_id=[SPECIAL.index(EOS), SPECIAL.index(END)],
@@ -602,10 +602,10 @@ def export(training: Training, *, final: bool) -> None:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    summary, _, examples = (__doc__ or "").partition("examples:")
+    summary, _, examples = (__doc__ or "").partition("Examples:")
     parser = argparse.ArgumentParser(
         description=summary,
-        epilog="examples:" + examples,
+        epilog="Examples:" + examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", choices=("dense", "moe", "both"), default="both")

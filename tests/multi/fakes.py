@@ -10,7 +10,7 @@ import threading
 import time
 
 from spanwise.comm.segment import Segment, SegmentLayout
-from spanwise.errors import CommunicationError, WaitInterruptedError, ModelError
+from spanwise.errors import CommunicationError, ModelError, WaitInterruptedError
 from spanwise.types.cache import CacheLayout
 from spanwise.types.model import ModelFacts
 from spanwise.types.plan import LanePlan, LaneResult, NewSequence, Sampled, StepPlan, StepResult

@@ -14,19 +14,20 @@ Examples:
   spanwise run MODEL_FOLDER --input prompts.jsonl --output out.jsonl
   spanwise devices
 
-spanwise COMMAND --help says more. SPANWISE_DEBUG=1 shows the traceback of an error.
+spanwise COMMAND --help says more. SPANWISE_DEBUG=1 shows an error's traceback.
 """
 _RUN_EXAMPLES = """\
 Examples:
   spanwise run spanwise/tiny-dense "def main(" --max-tokens 64
   spanwise run spanwise/tiny-moe "class Node:" -tp 2 --enable-expert-parallel
   spanwise run MODEL_FOLDER "Say hello." --chat -pp 2 --devices cuda:0,1
-  printf 'import os' | spanwise run spanwise/tiny-dense - --temperature 1 --seed 7 --n 3
-  spanwise run MODEL_FOLDER --input prompts.jsonl --output out.jsonl --max-tokens 200
+  printf 'import os' | spanwise run spanwise/tiny-dense - --seed 7 --n 3
+  spanwise run MODEL_FOLDER --input prompts.jsonl --output out.jsonl -dp 2
 
-A line of prompts.jsonl is {"prompt": "text"}, {"prompt_token_ids": [5, 6]} or
-{"messages": [{"role": "user", "content": "text"}]}, with sampling fields beside it:
+A line of prompts.jsonl is one of these; sampling fields may stand beside it:
   {"prompt": "def main(", "max_tokens": 64, "temperature": 0}
+  {"prompt_token_ids": [5, 6, 7]}
+  {"messages": [{"role": "user", "content": "Say hello."}]}
 """
 _DEVICES_EXAMPLES = """\
 Examples:

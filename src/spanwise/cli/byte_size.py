@@ -11,7 +11,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?)B|B)?", re.IGNORECASE)
 
 
 def parse_bytes(flag: str, text: str) -> int:
-    """Bytes of "2GiB" (powers of 1024), "512MB" (powers of 1000) or "1000000". Raises InputError."""
+    """Bytes of "2GiB" (of 1024s), "512MB" (of 1000s) or "1000000". Raises InputError."""
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         raise InputError(f"{flag} must be a size such as 2GiB, 512MB or 1000000, got {text!r:.80}")

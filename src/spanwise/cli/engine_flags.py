@@ -42,7 +42,7 @@ class EngineFlags:
     dtype: Annotated[Dtype, Parameter(help="Numbers to compute with; auto: the model's.")] = "auto"
     max_model_len: Annotated[
         int | None,
-        Parameter(help="Longest sequence in tokens. Default: the model's, or what fits."),
+        Parameter(help="Longest sequence in tokens. Default: the model's, or less."),
     ] = None
     max_num_seqs: Annotated[
         int | None, Parameter(help="Sequences computed at once in a copy. Default: 64.")

@@ -68,7 +68,7 @@ def plan_line(plan: EnginePlan) -> str:
     """Say what was decided: model, layout, bytes for each device."""
     groups = groupby(plan.ranks, lambda use: (use.weight_bytes, use.cache_bytes))
     uses = "; ".join(_use(list(group)) for _, group in groups)
-    return f"{plan.model} ({plan.architecture}, {plan.dtype}): {plan.layout}; {uses}"
+    return f"plan: {plan.model} ({plan.architecture}, {plan.dtype}): {plan.layout}; {uses}"
 
 
 def _use(alike: Sequence[DeviceUse]) -> str:
@@ -85,6 +85,6 @@ def speed_line(results: Sequence[RequestOutput], elapsed_s: float, plan: EngineP
     rate = num_tokens / max(elapsed_s, 1e-9)
     devices = "1 device" if num_devices == 1 else f"{num_devices} devices"
     return (
-        f"{num_prompt} tokens read, {num_tokens} generated in {elapsed_s:.2f} s on {devices}: "
-        f"{rate:.1f} tokens/s, {rate / num_devices:.1f} tokens/s per device"
+        f"done: {num_prompt} tokens read, {num_tokens} generated in {elapsed_s:.2f} s "
+        f"on {devices}: {rate:.1f} tokens/s, {rate / num_devices:.1f} tokens/s per device"
     )

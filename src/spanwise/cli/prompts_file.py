@@ -35,8 +35,14 @@ class _Line(SamplingParams, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         if len(given) != 1:
             said = " and ".join(given) or "none"
             raise InputError(f"a line has exactly one of {', '.join(_PROMPTS)}; this has {said}")
+        if isinstance(self.messages, list) and not _have_roles(self.messages):
+            raise InputError('messages must be a non-empty list of {"role": ..., "content": ...}')
         fields = {name: getattr(self, name) for name in SamplingParams.__struct_fields__}
         return Job(given, SamplingParams(**fields))
+
+
+def _have_roles(messages: list[dict[str, Any]]) -> bool:
+    return bool(messages) and all(isinstance(each.get("role"), str) for each in messages)
 
 
 def read_prompts(name: str, defaults: Mapping[str, Any]) -> list[Job]:
