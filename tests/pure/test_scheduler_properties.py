@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spanwise.scheduler.block_table import peak_blocks
+from spanwise.cost.blocks import peak_blocks
 from spanwise.scheduler.config import SchedulerConfig
 from spanwise.scheduler.request import SequenceRequest
 from spanwise.scheduler.scheduler import Scheduler

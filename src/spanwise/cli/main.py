@@ -5,6 +5,7 @@ Imports little, so that Ctrl-C is taken care of from the first moment.
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -25,6 +26,8 @@ def main() -> NoReturn:
     Exit codes: 0; 1 what failed here; 2 wrong input; 128 + n for signal n.
     """
     end_on_signals()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an answer may hold what a terminal cannot show
     _leave(_run(sys.argv[1:]))
 
 

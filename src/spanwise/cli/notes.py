@@ -43,7 +43,7 @@ class Notes:
             status.update(line)
             status.start()  # now first: a download before it shows progress of its own
 
-        with undone_when_stopped(status.stop):
+        with undone_when_stopped(_show_cursor):
             try:
                 yield show
             finally:
@@ -60,8 +60,13 @@ class Notes:
         columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         bar = Progress(*columns, console=self._console)
         task = bar.add_task("prompts", total=total)
-        with undone_when_stopped(bar.stop), bar:
+        with undone_when_stopped(_show_cursor), bar:
             yield lambda _: bar.advance(task)
+
+
+def _show_cursor() -> None:
+    """Clear the moving line; by hand, since a signal may have come while rich holds its lock."""
+    os.write(sys.stderr.fileno(), b"\r\x1b[2K\x1b[?25h")
 
 
 def plan_line(plan: EnginePlan) -> str:

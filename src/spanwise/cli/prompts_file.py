@@ -72,7 +72,11 @@ def _job(where: str, line: bytes, defaults: Mapping[str, Any]) -> Job:
     try:
         fields = msgspec.json.decode(line, type=dict[str, Any])
         return msgspec.convert({**defaults, **fields}, _Line, str_keys=True).job()
-    except UnicodeDecodeError:
-        raise InputError(f"{where}: not UTF-8; write the file in UTF-8") from None
-    except (msgspec.MsgspecError, InputError) as error:
+    except msgspec.ValidationError as error:
+        raise InputError(f"{where}: {error}; spanwise run --help shows what a line is") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{where}: broken JSON ({error}); write one object a line, in UTF-8"
+        ) from error
+    except InputError as error:
         raise InputError(f"{where}: {error}") from error

@@ -69,10 +69,17 @@ def _check_sources(
         raise InputError(f"give a prompt (- reads it) or --input FILE, got {said}")
     if prompt is not None and prompt != "-" and _LOOKS_LIKE_A_FLAG.fullmatch(prompt):
         raise InputError(f"unknown option {prompt}; see spanwise run --help")
+    if prompt is not None and not _is_text(prompt):
+        raise InputError("the prompt is not valid UTF-8")
     if input_name is None and output_name is not None:
         raise InputError("--output goes with --input; redirect the text of a single prompt")
     if input_name is not None and chat:
         raise InputError('--chat goes with a prompt; write {"messages": ...} lines in the file')
+
+
+def _is_text(argument: str) -> bool:
+    """Whether an argument was decoded whole; bytes that could not be stand as surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in argument)
 
 
 def _read_text() -> str:

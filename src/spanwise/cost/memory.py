@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from spanwise.cost.blocks import peak_blocks
 from spanwise.errors import DeviceError
 from spanwise.types.cache import CacheGroup, CacheLayout, LayerCache
 
@@ -62,11 +63,11 @@ def size_cache(
     """
     groups = cache_groups(layer_caches)
 
-    def layout(num_sequences_blocks: int) -> CacheLayout:
+    def layout(num_blocks: int) -> CacheLayout:
         return CacheLayout(
             wish.block_size,
             tuple(
-                CacheGroup(layers, window, _group_blocks(window, num_sequences_blocks, wish))
+                CacheGroup(layers, window, _group_blocks(layers, window, num_blocks, wish))
                 for window, layers in groups.items()
             ),
         )
@@ -94,15 +95,14 @@ def size_cache(
     return layout(low)
 
 
-def _group_blocks(window: int, full_blocks: int, wish: CacheWish) -> int:
+def _group_blocks(layers: tuple[int, ...], window: int, full_blocks: int, wish: CacheWish) -> int:
     """Blocks of a group when the groups without window have ``full_blocks``.
 
-    A windowed sequence holds at most its window and the tokens of the step at hand, cut at block
-    borders on both sides.
+    A windowed group gets what as many longest sequences hold at most as the others have room for.
     """
     if not window:
         return full_blocks
-    each = -(-(window + wish.max_step_tokens) // wish.block_size) + 2
     longest = -(-wish.max_model_len // wish.block_size)
-    share = -(-full_blocks // longest)
-    return min(full_blocks, max(1, min(share, wish.max_num_seqs)) * each)
+    group = CacheGroup(layers, window, full_blocks)
+    each = peak_blocks(group, wish.block_size, wish.max_model_len, wish.max_step_tokens)
+    return min(full_blocks, -(-full_blocks // longest) * each)

@@ -49,7 +49,6 @@ def resolve_sampling(
     _check_ids(params, vocab_size)
     seed = secrets.randbits(63) if params.seed is None else params.seed
     stops = stop_token_ids(params, defaults)
-    eos = () if params.ignore_eos else defaults.eos_token_ids
 
     def pick(name: str) -> Any:
         given = getattr(params, name)
@@ -68,7 +67,7 @@ def resolve_sampling(
             repetition_penalty=float(pick("repetition_penalty")),
             logit_bias={int(k): float(v) for k, v in (params.logit_bias or {}).items()},
             min_tokens=params.min_tokens,
-            stop_token_ids=tuple(i for i in (*stops, *eos) if i < vocab_size),
+            stop_token_ids=tuple(i for i in stops if i < vocab_size),
             logprobs=_count(params.logprobs, vocab_size),
             prompt_logprobs=_count(params.prompt_logprobs, vocab_size),
         )

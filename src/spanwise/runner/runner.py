@@ -14,7 +14,7 @@ from spanwise.runner.cache import attach_stores
 from spanwise.runner.logprobs import prompt_logprobs
 from spanwise.runner.rows import BatchBuilder, WantedLogits
 from spanwise.runner.sampling import SampleRow, sample
-from spanwise.runner.sequences import SequenceTable
+from spanwise.runner.sequences import KnownSequence, SequenceTable
 from spanwise.types.plan import (
     LanePlan,
     LaneResult,
@@ -29,10 +29,14 @@ from spanwise.types.worker import WorkerSpec
 
 @dataclass(frozen=True)
 class _AwaitedTokens:
-    """Tokens of an earlier step that the last stage sends to the first when it has drawn them."""
+    """Tokens of an earlier step that the last stage sends to the first when it has drawn them.
+
+    They belong to the sequences as they were known then: one that was introduced anew since has
+    them among its tokens already.
+    """
 
     step: int
-    sequence_ids: tuple[int, ...]
+    sequences: tuple[KnownSequence, ...]
 
 
 class Runner:
@@ -91,7 +95,7 @@ class Runner:
 
     def _await_tokens(self, step: int, lane: LanePlan) -> None:
         if self._place.is_first:
-            drawing = tuple(row.sequence_id for row in lane.rows if self._draws(row))
+            drawing = tuple(self._known[row.sequence_id] for row in lane.rows if self._draws(row))
             if drawing:
                 self._awaited.append(_AwaitedTokens(step, drawing))
 
@@ -116,12 +120,10 @@ class Runner:
 
     def _take_tokens(self, awaited: _AwaitedTokens) -> None:
         assert self._comm.tokens is not None
-        drawn = torch.empty(len(awaited.sequence_ids), dtype=torch.long)
+        drawn = torch.empty(len(awaited.sequences), dtype=torch.long)
         self._comm.tokens.recv(drawn)
-        for sequence_id, token_id in zip(awaited.sequence_ids, drawn.tolist(), strict=True):
-            sequence = self._known.get(sequence_id)
-            if sequence is not None:
-                sequence.token_ids.append(token_id)
+        for sequence, token_id in zip(awaited.sequences, drawn.tolist(), strict=True):
+            sequence.token_ids.append(token_id)
 
     # -- sampling --------------------------------------------------------------------------------
 

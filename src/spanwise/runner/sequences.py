@@ -35,14 +35,6 @@ class SequenceTable:
     def __getitem__(self, sequence_id: int) -> KnownSequence:
         return self._known[sequence_id]
 
-    def get(self, sequence_id: int) -> KnownSequence | None:
-        """The sequence, None if it was dropped."""
-        return self._known.get(sequence_id)
-
-    def clear(self) -> None:
-        """Forget everything: a new epoch begins."""
-        self._known.clear()
-
     def update(self, lane: LanePlan) -> None:
         """Apply what a plan changes: sequences dropped, learnt, and blocks appended."""
         for sequence_id in lane.dropped:

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from spanwise.embedded import EMBEDDED
+from spanwise.engine.detokenizer import Detokenizer
+from spanwise.engine.prompt import read_prompt
+from spanwise.engine.tokenizer import Tokenizer
+from spanwise.errors import InputError
+
+TEXT = 'def naïve(x):\n    return "日本語 🙂🙂 — ﷽"  # \U0001f468\u200d\U0001f469\n\tx  =  1\n'
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(EMBEDDED["spanwise/tiny-dense"])
+
+
+def test_text_grows_without_half_characters(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode(TEXT)
+    detokenizer = Detokenizer(tokenizer, True, (), 0)
+    shown = ""
+    for token_id in ids:
+        detokenizer.add([token_id])
+        assert detokenizer.text.startswith(shown)
+        assert "\N{REPLACEMENT CHARACTER}" not in detokenizer.text
+        shown = detokenizer.text
+    detokenizer.finish()
+    assert detokenizer.text == TEXT
+
+
+def test_a_text_that_ends_in_half_a_character_shows_so_at_the_end(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("a🙂")
+    detokenizer = Detokenizer(tokenizer, True, (), 0)
+    detokenizer.add(ids[:-1])
+    assert detokenizer.text == "a"
+    detokenizer.finish()
+    assert detokenizer.text.startswith("a") and detokenizer.text != "a🙂"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_stop_string_is_found_across_token_borders(tokenizer: Tokenizer, seed: int) -> None:
+    chosen = random.Random(seed)
+    begin = chosen.randrange(1, len(TEXT) - 6)
+    stop = TEXT[begin : begin + chosen.randrange(1, 6)]
+    first = TEXT.find(stop)
+    detokenizer = Detokenizer(tokenizer, True, ("never there", stop), 0)
+    for token_id in tokenizer.encode(TEXT):
+        detokenizer.add([token_id])
+    detokenizer.finish()
+    assert detokenizer.stopped_by == stop
+    assert detokenizer.text == TEXT[:first]
+
+
+def test_stop_strings_wait_for_min_tokens(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("x = 1\nx = 1\nx = 1\n")
+    detokenizer = Detokenizer(tokenizer, True, ("x = 1",), len(ids))
+    for token_id in ids[:-1]:
+        assert detokenizer.add([token_id]) is None
+    assert detokenizer.num_tokens == len(ids) - 1
+
+
+def test_special_tokens_are_hidden_or_shown(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode_chat([{"role": "user", "content": "hi"}])
+    hidden, shown = (Detokenizer(tokenizer, skip, (), 0) for skip in (True, False))
+    for detokenizer in (hidden, shown):
+        detokenizer.add(ids)
+        detokenizer.finish()
+    assert "hi" in hidden.text and "<|" not in hidden.text
+    assert "<|im_start|>" in shown.text
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        {},
+        {"prompt": "a", "prompt_token_ids": [1]},
+        {"prompt": 3},
+        {"text": "a"},
+        {"prompt_token_ids": "abc"},
+        {"prompt_token_ids": [1.5]},
+        {"prompt_token_ids": [True]},
+        {"messages": []},
+        {"messages": "hi"},
+        {"messages": [{"content": "no role"}]},
+        ["a"],
+    ],
+    ids=str,
+)
+def test_prompts_that_cannot_be_are_refused_in_one_line(
+    prompt: object, tokenizer: Tokenizer
+) -> None:
+    with pytest.raises(InputError) as error:
+        read_prompt(prompt, tokenizer)  # type: ignore[arg-type]
+    assert "\n" not in str(error.value)
+
+
+def test_the_three_kinds_of_prompt(tokenizer: Tokenizer) -> None:
+    assert read_prompt("ab", tokenizer) == ("ab", tokenizer.encode("ab"))
+    assert read_prompt({"prompt": "ab"}, tokenizer) == ("ab", tokenizer.encode("ab"))
+    assert read_prompt({"prompt_token_ids": [5, 6]}, tokenizer) == (None, [5, 6])
+    text, ids = read_prompt({"messages": [{"role": "user", "content": "hi"}]}, tokenizer)
+    assert text is None and len(ids) > 3
