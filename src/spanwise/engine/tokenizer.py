@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from spanwise.errors import InputError, ModelError
 
 if TYPE_CHECKING:
@@ -19,6 +21,11 @@ _FILES = (
     "vocab.json",
     "spiece.model",
 )
+# AutoTokenizer imports torch and most of transformers, seconds of work, to choose a class. Where
+# the folder names the class that needs nothing but tokenizer.json, and transformers does not
+# overrule the folder for models of that type, the choice is known.
+_PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+TYPES_TAKEN_AT_THEIR_WORD = ("llama", "mixtral", "qwen3", "qwen3_moe", "gpt_oss", "olmo2", "gemma2")
 
 
 class Tokenizer:
@@ -69,10 +76,9 @@ class Tokenizer:
         return text
 
     def _load(self) -> None:
-        from transformers import AutoTokenizer
-
+        loader = _loader(self._folder)
         try:
-            self._loaded = AutoTokenizer.from_pretrained(str(self._folder), local_files_only=True)
+            self._loaded = loader.from_pretrained(str(self._folder), local_files_only=True)
         except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             self._error = ModelError(f"the tokenizer in {self._folder} cannot be loaded: {reason}")
@@ -87,3 +93,39 @@ class Tokenizer:
             raise self._error
         assert self._loaded is not None
         return self._loaded
+
+
+def _loader(folder: Path) -> Any:
+    if is_plain(folder):
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
+
+
+class _Config(msgspec.Struct):
+    model_type: str = ""
+
+
+class _TokenizerConfig(msgspec.Struct):
+    tokenizer_class: str | None = None
+    auto_map: Any = None
+
+
+def is_plain(folder: Path) -> bool:
+    """Whether the tokenizer is just what tokenizer.json says; if not, AutoTokenizer knows."""
+    try:
+        config = msgspec.json.decode((folder / "config.json").read_bytes(), type=_Config)
+        own = msgspec.json.decode(
+            (folder / "tokenizer_config.json").read_bytes(), type=_TokenizerConfig
+        )
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        return False
+    return (
+        (folder / "tokenizer.json").is_file()
+        and own.tokenizer_class in _PLAIN_CLASSES
+        and own.auto_map is None
+        and config.model_type in TYPES_TAKEN_AT_THEIR_WORD
+    )

@@ -6,6 +6,7 @@ It never touches CUDA, which does not survive a fork, and has one thread.
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
 import socket
@@ -38,7 +39,11 @@ def main(channel_fd: int, lifeline_fd: int, entries: Entries) -> None:
         _run_job(entries, job, own, fds)
 
     with reported(channel, lambda: "the fork server"):
+        # Imports leave nothing to collect and a million objects to look at: a fifth of their time.
+        gc.disable()
         entries.import_all()
+        gc.freeze()
+        gc.enable()
         Forker(channel, run).serve()
     os._exit(0)  # nothing here needs the interpreter's slow way out
 
