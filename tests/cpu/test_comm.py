@@ -335,7 +335,8 @@ def test_nccl_groups_meet_through_a_store_on_loopback(monkeypatch: pytest.Monkey
             _around(groups.comm, number)
         groups.comm.tp.barrier()
         groups.abort(10.0)
-        with pytest.raises(WaitInterruptedError, match=f"stage {stage} tp rank {tp_rank} in tp/{stage}: "):
+        place = f"stage {stage} tp rank {tp_rank} in tp/{stage}: "
+        with pytest.raises(WaitInterruptedError, match=place):
             groups.comm.tp.barrier()
 
     together([lambda rank=rank: call(rank) for rank in range(6)])
@@ -553,7 +554,8 @@ def test_interrupt_breaks_a_blocked_wait(name: str, spin_s: float) -> None:
                 blocked.result(timeout=0.1)
             start = time.monotonic()
             interrupt(fd)
-            with pytest.raises(WaitInterruptedError, match=rf"stage \d tp rank 0: {name} .* waiting for"):
+            said = rf"stage \d tp rank 0: {name} .* waiting for"
+            with pytest.raises(WaitInterruptedError, match=said):
                 blocked.result(timeout=5)
             assert time.monotonic() - start < 0.1
         for inbox in (second.inbox, open_rank_comm(fd, 1, 1).inbox):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -40,7 +41,7 @@ def parse_devices(wanted: str | None, num_ranks: int | None = None) -> tuple[Dev
     if match := _CUDA.fullmatch(text):
         cards = len(cuda_cards())
         if not match[1] and not cards:
-            raise DeviceError(f"devices {wanted!r}: no CUDA card is there; use {cpu_hint()}")
+            raise DeviceError(f"devices {wanted!r}: no CUDA card is there{_why()}; use {cpu_hint()}")
         parts = (match[1] or ",".join(map(str, range(cards)))).split(",")
         named = [(int(i), int(share or 1)) for i, _, share in (p.partition("*") for p in parts)]
         _check_cards(wanted, named, cards)
@@ -51,7 +52,7 @@ def parse_devices(wanted: str | None, num_ranks: int | None = None) -> tuple[Dev
 def _check_cards(wanted: str, named: list[tuple[int, int]], cards: int) -> None:
     for index, share in named:
         if index >= cards:
-            there = f"there are {cards}, numbered from 0" if cards else "there is none"
+            there = f"there are {cards}, numbered from 0" if cards else f"there is none{_why()}"
             raise DeviceError(
                 f"devices {wanted!r}: CUDA card {index} is not there ({there}); use {cpu_hint()}"
             )
@@ -87,20 +88,61 @@ def _cuda(named: list[tuple[int, int]]) -> tuple[DeviceSpec, ...]:
 
 
 def cuda_cards() -> list[tuple[str, int, int]]:
-    """Name, bytes in all and bytes free of every CUDA card, asked of the driver."""
+    """Name, bytes in all and bytes free of every CUDA card torch can use, asked of the driver.
+
+    In the order of the bus, in which the workers' CUDA counts too (CUDA_DEVICE_ORDER is set for
+    them); of the cards that CUDA_VISIBLE_DEVICES names where it is set.
+    """
+    if _torch_build().endswith("+cpu"):
+        return []
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:  # no driver: no card
         return []
     try:
-        cards = []
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-            cards.append((str(pynvml.nvmlDeviceGetName(handle)), memory.total, memory.free))
-        return cards
+        return [_card(handle) for handle in _visible_cards(os.environ.get("CUDA_VISIBLE_DEVICES"))]
     finally:
         pynvml.nvmlShutdown()
+
+
+def _card(handle: object) -> tuple[str, int, int]:
+    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    return str(pynvml.nvmlDeviceGetName(handle)), memory.total, memory.free
+
+
+def _visible_cards(visible: str | None) -> list[object]:
+    """Handles in CUDA's order. CUDA takes numbers and beginnings of UUIDs, up to a wrong one."""
+    count = pynvml.nvmlDeviceGetCount()
+    handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
+    if visible is None:
+        return handles
+    found: list[object] = []
+    for word in visible.split(","):
+        chosen = _find_card(word.strip(), handles)
+        if chosen is None:
+            break
+        found.append(chosen)
+    return found
+
+
+def _find_card(word: str, handles: list[object]) -> object | None:
+    if word.isdigit():
+        return handles[int(word)] if int(word) < len(handles) else None
+    if word.startswith("MIG-"):
+        return pynvml.nvmlDeviceGetHandleByUUID(word)  # type: ignore[no-any-return]
+    fitting = (h for h in handles if word and str(pynvml.nvmlDeviceGetUUID(h)).startswith(word))
+    return next(fitting, None)
+
+
+def _torch_build() -> str:
+    """The version of torch, which says what it was built for, without importing it."""
+    return version("torch")
+
+
+def _why() -> str:
+    """What hides a card from torch, where something does."""
+    build = _torch_build()
+    return f" for torch {build}, a build without CUDA" if build.endswith("+cpu") else ""
 
 
 def host_memory() -> tuple[int, int]:

@@ -70,7 +70,8 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Everything a worker needs beside its shard: place, device, cache, epoch, limits.
 
     ``max_step_tokens`` bounds the tokens of one step plan (it sizes the hand-over buffers),
-    ``max_in_flight`` the plans sent whose results have not come.
+    ``max_in_flight`` the plans sent whose results have not come. ``store_port``: where the ranks
+    meet to join over NCCL, a port of 127.0.0.1; 0 where they are joined by shared memory.
     """
 
     place: RankPlace
@@ -81,6 +82,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_step_tokens: int
     max_in_flight: int
     max_model_len: int
+    store_port: int = 0
 
 
 class ShardInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -31,12 +31,17 @@ class StepRunner(Protocol):
 class Entries(msgspec.Struct, frozen=True, kw_only=True):
     """``module:name`` of each thing the processes call; the real ones unless a test says otherwise.
 
-    ``describe(folder, dtype)``, ``load(shard_spec)``, ``comm(segment_fd, worker_spec, may_spin)``,
-    ``runner(shard, worker_spec, comm, arena)``. ``preload`` is imported once, in the fork server.
+    ``describe(folder, dtype)``, ``describe_shard(shard_spec)``, ``load(shard_spec)``,
+    ``card(worker_spec, arena_bytes)`` (a shard and an arena), ``store(listener)``,
+    ``comm(segment_fd, worker_spec, may_spin)``, ``runner(shard, worker_spec, comm, arena)``.
+    ``preload`` is imported once, in the fork server.
     """
 
     describe: str = "spanwise.model.facts:describe"
+    describe_shard: str = "spanwise.model.shard:describe_shard"
     load: str = "spanwise.model.shard:load_shard"
+    card: str = "spanwise.worker.card:start_on_card"
+    store: str = "spanwise.comm.nccl:serve_store"
     comm: str = "spanwise.worker.rank_comm:open_comm"
     runner: str = "spanwise.runner.runner:Runner"
     preload: tuple[str, ...] = ("torch", "transformers")
@@ -46,7 +51,7 @@ class Entries(msgspec.Struct, frozen=True, kw_only=True):
         for module in self.preload:
             importlib.import_module(module)
         set_threads(1)
-        for entry in (self.describe, self.load, self.comm, self.runner):
+        for entry in (self.describe, self.describe_shard, self.load, self.comm, self.runner):
             resolve(entry)
 
 

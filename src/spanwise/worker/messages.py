@@ -19,6 +19,12 @@ class Describe(msgspec.Struct, frozen=True, array_like=True, tag=True):
     dtype: str
 
 
+class DescribeShard(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Fork a child that answers ``ShardDescribed`` and ends. Comes with its channel."""
+
+    spec: ShardSpec
+
+
 class LoadShard(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Fork a zygote that loads a shard and answers ``Loaded``. Comes with its channel."""
 
@@ -28,12 +34,17 @@ class LoadShard(msgspec.Struct, frozen=True, array_like=True, tag=True):
 class RunWorker(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Fork a worker that answers ``Ready``. Comes with its channel, the segment and the arena.
 
-    ``may_spin``: the rank has its cores to itself, so it may wait by looking.
+    ``may_spin``: the rank has its cores to itself, so it may wait by looking. A card's arena lies
+    on the card; the file that comes for it is empty.
     """
 
     spec: WorkerSpec
     arena_bytes: int
     may_spin: bool
+
+
+class ServeStore(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Fork a child that answers ``Serving`` and serves. Comes with its channel and the listener."""
 
 
 class Execute(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -61,6 +72,12 @@ class Described(msgspec.Struct, frozen=True, array_like=True, tag=True):
     facts: ModelFacts
 
 
+class ShardDescribed(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """What the shard will hold once it is loaded."""
+
+    info: ShardInfo
+
+
 class Loaded(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """The zygote holds its shard."""
 
@@ -71,6 +88,10 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """The worker takes plans."""
 
     info: ShardInfo
+
+
+class Serving(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The store takes connections."""
 
 
 class Done(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -86,6 +107,7 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag=True):
     message: str
 
 
-Job = Describe | LoadShard | RunWorker
+Job = Describe | DescribeShard | LoadShard | RunWorker | ServeStore
 Command = Job | Execute
-Reply = Forked | Exited | Described | Loaded | Ready | Done | Failed
+Answer = Described | ShardDescribed | Loaded | Ready | Serving
+Reply = Forked | Exited | Answer | Done | Failed

@@ -22,14 +22,17 @@ def run_worker(
     fds: Sequence[int],
     shard: LoadedShard | None = None,
 ) -> None:
-    """Execute plans until the channel ends. Without a shard (CUDA) the worker loads its own."""
+    """Execute plans until the channel ends. Without a shard the worker loads it to its card."""
     where = f"{worker_name(job.spec)} starting"
     with reported(channel, lambda: where):
         pin(job.spec.device)
-        shard = shard if shard is not None else resolve(entries.load)(job.spec.shard)
         segment_fd, arena_fd = fds
+        if shard is None:
+            shard, arena = resolve(entries.card)(job.spec, job.arena_bytes)
+        else:
+            arena = mmap.mmap(arena_fd, job.arena_bytes) if job.arena_bytes else bytearray()
+        # Last, for joining over NCCL waits for every rank.
         comm = resolve(entries.comm)(segment_fd, job.spec, job.may_spin)
-        arena = mmap.mmap(arena_fd, job.arena_bytes) if job.arena_bytes else bytearray()
         runner: StepRunner = resolve(entries.runner)(shard, job.spec, comm, arena)
         channel.send(Ready(shard.info()))
         while True:

@@ -1,0 +1,96 @@
+"""One rank's device as torch knows it, and the memory there. The only user of ``torch.cuda``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from spanwise.device.devices import cpu_hint, host_memory
+from spanwise.errors import DeviceError
+from spanwise.types.worker import DeviceSpec
+
+
+def place(spec: DeviceSpec) -> torch.device:
+    """Give the torch device of a rank; a card becomes this process's current one.
+
+    Call after the last fork, which CUDA does not survive. Raises DeviceError.
+    """
+    if spec.kind == "cpu":
+        return torch.device("cpu")
+    device = torch.device("cuda", spec.index)
+    # Some container images turn TF32 on by their environment; float32 has to mean float32.
+    torch.set_float32_matmul_precision("highest")
+    try:
+        torch.cuda.init()
+        torch.cuda.set_device(device)
+        free_bytes(device)
+    except (RuntimeError, AssertionError) as error:  # a build without CUDA fails an assertion
+        reason = str(error).partition("\n")[0]
+        raise DeviceError(
+            f"{spec} cannot be used by torch {torch.__version__}: {reason}; mend the driver or the "
+            f"torch build, or use {cpu_hint()}"
+        ) from error
+    return device
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that are free on the device now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return host_memory()[1]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until everything given to the device is done; an error of it is raised here."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def allocate_arena(device: torch.device, num_bytes: int) -> torch.Tensor:
+    """A flat byte tensor of zeros for a KV cache. Raises DeviceError.
+
+    A plain allocation, which dies with its process: what outlives it on a card needs exportable
+    memory, and whoever needs that asks for it here.
+    """
+    with claiming(device, num_bytes, "the KV cache"):
+        return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+
+
+@contextmanager
+def claiming(device: torch.device, num_bytes: int, purpose: str) -> Iterator[None]:
+    """Allocate ``num_bytes`` for ``purpose`` inside; DeviceError where the card has no room."""
+    free = free_bytes(device)
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(
+            f"{device} has no room for {purpose}: {_mib(num_bytes)} wanted, {_mib(free)} free; use "
+            "more devices, lower --kv-cache-memory or --max-model-len, or end what else uses it"
+        ) from error
+
+
+def move_together(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Tensors of one dtype, made on the host, on the device: all in one copy that nobody waits for.
+
+    Each copy by itself from ordinary memory would make the host wait for the device.
+    """
+    if device.type == "cpu":
+        return list(tensors)
+    pin = device.type == "cuda"
+    return _as_one(tensors, pin, lambda whole: whole.to(device, non_blocking=True))
+
+
+def _as_one(
+    tensors: Sequence[torch.Tensor], pin: bool, move: Callable[[torch.Tensor], torch.Tensor]
+) -> list[torch.Tensor]:
+    sizes = [tensor.numel() for tensor in tensors]
+    whole = torch.empty(sum(sizes), dtype=tensors[0].dtype, pin_memory=pin)
+    torch.cat([tensor.reshape(-1) for tensor in tensors], out=whole)
+    parts = move(whole).split(sizes)
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.0f} MiB"
