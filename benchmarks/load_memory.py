@@ -20,7 +20,7 @@ from typing import Any
 from machine import save, table_of
 from process_memory import TreeMemory
 
-LAYOUTS: dict[str, dict[str, int]] = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "1": {},
     "tp=2": {"tensor_parallel_size": 2},
     "pp=2": {"pipeline_parallel_size": 2},
@@ -108,17 +108,13 @@ def table(measured: dict[str, dict[str, Any]], rows: list[dict[str, Any]]) -> st
     """Peaks in MB (10^6 bytes)."""
     single = measured["1"]
     cells = [["layout", "what", "weights held MB", "peak PSS MB", "limit MB", "holds"]]
-    cells.append(
-        ["1", "everything", mega(single["weight_bytes"][0]), mega(single["peak_total_bytes"])]
-        + ["-", "-"]
-    )
+    held, peak = mega(single["weight_bytes"][0]), mega(single["peak_total_bytes"])
+    cells.append(["1", "everything", held, peak, "-", "-"])
     for row in rows:
-        held = measured[row["layout"]]["weight_bytes"]
         rank = int(row["what"].split()[1]) if row["what"].startswith("rank") else 0
-        cells.append(
-            [row["layout"], row["what"], mega(held[rank]), mega(row["bytes"])]
-            + [mega(row["limit_bytes"]), "yes" if row["holds"] else "NO"]
-        )
+        held = mega(measured[row["layout"]]["weight_bytes"][rank])
+        limit, holds = mega(row["limit_bytes"]), "yes" if row["holds"] else "NO"
+        cells.append([row["layout"], row["what"], held, mega(row["bytes"]), limit, holds])
     return table_of(cells) + (
         f"\n\nLimits: a rank {RANK_SHARE} of the single device's weights + "
         f"{mega(ALLOWANCE_BYTES)} MB; dp=2, all processes together, {WHOLE_SHARE} of the single "

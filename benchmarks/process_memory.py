@@ -38,7 +38,7 @@ class TreeMemory:
         self.num_samples += 1
 
     def peak_rank_bytes(self, num_ranks: int) -> list[int]:
-        """The peak of each rank. Whoever is no rank lives shorter or holds less: not the largest."""
+        """The peak of each rank; a child of the fork server that is none holds less than they."""
         groups = [group for group in self._peak_of if self._depth(group) == 2] or [self.root]
         largest = sorted(groups, key=lambda group: -self._peak_of[group])[:num_ranks]
         return [self._peak_of[group] for group in sorted(largest)]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import mmap
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 
 from spanwise.comm.segment import Segment, SegmentLayout
-from spanwise.errors import CommunicationError, ModelError, WaitInterruptedError
+from spanwise.errors import CommunicationError, DeviceError, ModelError, WaitInterruptedError
 from spanwise.types.cache import CacheLayout
 from spanwise.types.model import ModelFacts
 from spanwise.types.plan import LanePlan, LaneResult, NewSequence, Sampled, StepPlan, StepResult
@@ -65,6 +66,23 @@ def load_shard(spec: ShardSpec) -> FakeShard:
     _misbehave(spec.folder)
     digits = spec.folder.rpartition("-")[2]
     return FakeShard(int(digits) << 20 if digits.isdigit() else 0)
+
+
+def describe_shard(spec: ShardSpec) -> ShardInfo:
+    """The same without the bytes."""
+    return load_shard(spec).info()
+
+
+def start_on_card(spec: WorkerSpec, arena_bytes: int) -> tuple[FakeShard, bytearray]:
+    """A card that is ordinary memory."""
+    if spec.shard.folder == "full":
+        raise DeviceError(f"{spec.device} has no room for the KV cache")
+    return load_shard(spec.shard), bytearray(arena_bytes)
+
+
+def serve_store(listener: socket.socket) -> socket.socket:
+    """Answers nobody, but the socket takes connections."""
+    return listener
 
 
 def open_comm(segment_fd: int, spec: WorkerSpec, may_spin: bool) -> Segment:
@@ -167,7 +185,10 @@ _MODULE = "tests.multi.fakes"  # also where this file runs as a script
 
 FAKES = Entries(
     describe=f"{_MODULE}:describe",
+    describe_shard=f"{_MODULE}:describe_shard",
     load=f"{_MODULE}:load_shard",
+    card=f"{_MODULE}:start_on_card",
+    store=f"{_MODULE}:serve_store",
     comm=f"{_MODULE}:open_comm",
     runner=f"{_MODULE}:FakeRunner",
     preload=(),

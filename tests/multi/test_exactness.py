@@ -82,6 +82,15 @@ def test_drawn_tokens_are_the_same_on_every_layout_and_in_any_order(
     assert two_choices and all(first != second for first, second in two_choices)
 
 
+def test_layers_by_hand_change_nothing(models: Path, supervisor: Supervisor) -> None:
+    right = reference_of("llama", models)
+    params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
+    with running(right.folder, "tp2-pp2", supervisor, pp_layers=(1, 3)) as llm:
+        assert "1+3" in llm.plan.layout
+        outputs = llm.generate([{"prompt_token_ids": p} for p in right.prompts], params)
+    assert [list(o.outputs[0].token_ids) for o in outputs] == [t[:8] for t in right.tokens]
+
+
 def test_every_layout_of_the_issue_is_in_the_matrix() -> None:
     assert set(QUICK) == set(FAMILIES)
     assert all(set(layouts) <= set(ALL_LAYOUTS) for layouts in QUICK.values())

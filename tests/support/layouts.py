@@ -35,18 +35,17 @@ ALL_LAYOUTS = LAYOUTS | EXPERT_LAYOUTS
 
 @contextmanager
 def running(folder: Path, layout: str, supervisor: Supervisor, **options: Any) -> Iterator[LLM]:
-    """The model on a layout, as processes."""
+    """The model on a layout, as processes; on CPU devices unless ``devices`` says otherwise."""
     dp, pp, tp, whole_experts = ALL_LAYOUTS[layout]
+    limits = {"max_model_len": MAX_LEN, "block_size": 4, "max_step_tokens": 24, "max_num_seqs": 8}
     with LLM(
         str(folder),
-        devices=f"cpu:{dp * pp * tp}",
         data_parallel_size=dp,
         pipeline_parallel_size=pp,
         tensor_parallel_size=tp,
         enable_expert_parallel=whole_experts,
         dtype="float32",
         supervisor=supervisor,
-        **{"max_model_len": MAX_LEN, "block_size": 4, "max_step_tokens": 24, "max_num_seqs": 8}
-        | options,
+        **{"devices": f"cpu:{dp * pp * tp}"} | limits | options,
     ) as llm:
         yield llm

@@ -6,6 +6,7 @@ import torch
 
 from spanwise.comm.counters import Counters
 from spanwise.comm.slots import Slots
+from spanwise.comm.staging import host_like, to_host
 
 _SENDER, _RECEIVER = 0, 1
 
@@ -13,7 +14,7 @@ _SENDER, _RECEIVER = 0, 1
 class RingLink:
     """One end of a ring. A tensor larger than a slot travels in pieces, an empty one not at all.
 
-    A CUDA tensor is staged: the copy from or to the (pageable) slot is over when ``copy_`` returns.
+    A card's tensor is staged through page-locked memory.
     """
 
     def __init__(self, counters: Counters, slots: Slots, num_slots: int) -> None:
@@ -24,6 +25,8 @@ class RingLink:
 
     def send(self, tensor: torch.Tensor) -> None:
         """Copy a tensor into the ring; waits only while the ring is full."""
+        if not tensor.is_cpu:
+            tensor = to_host(tensor)
         if tensor.nbytes > self._slots.slot_bytes:
             tensor = tensor.contiguous()
         for piece in self._slots.pieces(tensor):
@@ -35,6 +38,8 @@ class RingLink:
 
     def recv(self, out: torch.Tensor) -> torch.Tensor:
         """Fill ``out`` with the next tensor and return it."""
+        if not out.is_cpu:
+            return out.copy_(self.recv(host_like(out)), non_blocking=True)
         if out.nbytes > self._slots.slot_bytes and not out.is_contiguous():
             return out.copy_(self.recv(torch.empty(out.shape, dtype=out.dtype)))
         for piece in self._slots.pieces(out):

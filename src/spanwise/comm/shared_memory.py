@@ -20,10 +20,11 @@ from spanwise.comm.ring import RingLink
 from spanwise.comm.segment import Channel, Segment
 from spanwise.comm.single import SingleCommunicator
 from spanwise.comm.slots import Slots
+from spanwise.comm.staging import to_host
 
 
 class SharedMemoryCommunicator:
-    """The collectives of one group. CUDA tensors are staged through host memory."""
+    """The collectives of one group. A card's tensors are staged through page-locked memory."""
 
     def __init__(self, counters: Counters, slots: Slots, rank: int, size: int) -> None:
         self._counters = counters
@@ -47,7 +48,7 @@ class SharedMemoryCommunicator:
         """Sum over the ranks, in rank order, in place; float16 and bfloat16 are rounded once."""
         large = tensor.nbytes > self._slots.slot_bytes
         if not tensor.is_cpu or (large and not tensor.is_contiguous()):
-            return tensor.copy_(self.all_reduce(tensor.cpu().contiguous()))
+            return tensor.copy_(self.all_reduce(to_host(tensor)), non_blocking=True)
         for piece in self._slots.pieces(tensor):
             views = self._slots.views(piece.dtype, piece.shape)[self._count % 2 :: 2]
             views[self._rank].copy_(piece)
@@ -60,7 +61,7 @@ class SharedMemoryCommunicator:
         dim %= tensor.dim()
         assert len(sizes) == self._size and tensor.shape[dim] == sizes[self._rank], (sizes, dim)
         if not tensor.is_cpu:
-            return self.all_gather(tensor.cpu(), sizes, dim).to(tensor.device)
+            return self.all_gather(to_host(tensor), sizes, dim).to(tensor.device)
         before, after = tensor.shape[:dim], tensor.shape[dim + 1 :]
         out = tensor.new_empty((*before, sum(sizes), *after))
         if out.numel():

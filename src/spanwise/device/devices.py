@@ -41,7 +41,9 @@ def parse_devices(wanted: str | None, num_ranks: int | None = None) -> tuple[Dev
     if match := _CUDA.fullmatch(text):
         cards = len(cuda_cards())
         if not match[1] and not cards:
-            raise DeviceError(f"devices {wanted!r}: no CUDA card is there{_why()}; use {cpu_hint()}")
+            raise DeviceError(
+                f"devices {wanted!r}: no CUDA card is there{_why()}; use {cpu_hint()}"
+            )
         parts = (match[1] or ",".join(map(str, range(cards)))).split(",")
         named = [(int(i), int(share or 1)) for i, _, share in (p.partition("*") for p in parts)]
         _check_cards(wanted, named, cards)
@@ -128,8 +130,12 @@ def _visible_cards(visible: str | None) -> list[object]:
 def _find_card(word: str, handles: list[object]) -> object | None:
     if word.isdigit():
         return handles[int(word)] if int(word) < len(handles) else None
-    if word.startswith("MIG-"):
-        return pynvml.nvmlDeviceGetHandleByUUID(word)  # type: ignore[no-any-return]
+    if word.startswith("MIG-"):  # a part of a card, which no index names
+        try:
+            handle: object = pynvml.nvmlDeviceGetHandleByUUID(word)
+        except pynvml.NVMLError:
+            return None
+        return handle
     fitting = (h for h in handles if word and str(pynvml.nvmlDeviceGetUUID(h)).startswith(word))
     return next(fitting, None)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -23,7 +23,7 @@ def place(spec: DeviceSpec) -> torch.device:
     # Some container images turn TF32 on by their environment; float32 has to mean float32.
     torch.set_float32_matmul_precision("highest")
     try:
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
         torch.cuda.set_device(device)
         free_bytes(device)
     except (RuntimeError, AssertionError) as error:  # a build without CUDA fails an assertion
@@ -76,19 +76,11 @@ def move_together(tensors: Sequence[torch.Tensor], device: torch.device) -> list
 
     Each copy by itself from ordinary memory would make the host wait for the device.
     """
-    if device.type == "cpu":
-        return list(tensors)
-    pin = device.type == "cuda"
-    return _as_one(tensors, pin, lambda whole: whole.to(device, non_blocking=True))
-
-
-def _as_one(
-    tensors: Sequence[torch.Tensor], pin: bool, move: Callable[[torch.Tensor], torch.Tensor]
-) -> list[torch.Tensor]:
     sizes = [tensor.numel() for tensor in tensors]
+    pin = device.type == "cuda"
     whole = torch.empty(sum(sizes), dtype=tensors[0].dtype, pin_memory=pin)
     torch.cat([tensor.reshape(-1) for tensor in tensors], out=whole)
-    parts = move(whole).split(sizes)
+    parts = torch.split(whole.to(device, non_blocking=True), sizes)
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from spanwise.comm.segment import SegmentLayout
+from spanwise.cost.card import card_cache_bytes
 from spanwise.cost.memory import CacheWish, RankMemory, arena_bytes, size_cache
 from spanwise.device.devices import cuda_cards, host_memory, parse_devices
 from spanwise.engine.config import EngineConfig
@@ -30,7 +31,6 @@ Progress = Callable[[str], None]
 # Of the memory that is free once weights are loaded, what is left to everything else.
 _MARGIN_SHARE = 0.1
 _MARGIN_BYTES = 256 << 20
-_CUDA_CONTEXT_BYTES = 1 << 30
 _LINE = 64
 
 
@@ -112,6 +112,7 @@ class _Launch:
         self.progress, self.supervisor = progress, supervisor
         self.owns_supervisor = owns_supervisor
         self.shards: dict[ShardSpec, ShardInfo] = {}
+        self.loaded: list[ShardSpec] = []
         self.running: list[Replica] = []
         self.executors: list[Executor] = []
 
@@ -141,8 +142,8 @@ class _Launch:
             self.supervisor.shutdown()
         elif self.supervisor is not None:
             self.supervisor.release(self.running)
-            self.supervisor.unload(list(self.shards))
-        self.executors, self.running, self.shards = [], [], {}
+            self.supervisor.unload(self.loaded)
+        self.executors, self.running, self.loaded = [], [], []
 
     # -- model -----------------------------------------------------------------------------------
 
@@ -169,15 +170,18 @@ class _Launch:
         )
 
     def _load(self) -> None:
-        """Load every distinct shard."""
+        """Load every distinct shard; for cards only say what it holds, their workers load it."""
         specs = list(dict.fromkeys(self._shard(place) for place in self.layout.places))
         if self.supervisor is None:
             self._in_process = load_in_process(specs[0])
             infos = [self._in_process.info()]
+        elif self.used[0].kind == "cuda":
+            infos = self.supervisor.describe_shards(specs)
         else:
             infos = self.supervisor.load(
                 specs, lambda loaded, of: self.progress(f"loaded {loaded} of {of} shards")
             )
+            self.loaded = specs
         self.shards = dict(zip(specs, infos, strict=True))
 
     # -- cache -----------------------------------------------------------------------------------
@@ -223,10 +227,12 @@ class _Launch:
     def _rank_memory(self) -> list[RankMemory]:
         on_host = sum(device.kind == "cpu" for device in self.used)
         host_bytes = self._host_bytes() // max(on_host, 1)
+        cards = cuda_cards() if on_host < len(self.used) else []
         memory = []
         for place, device in zip(self.layout.places, self.used, strict=True):
             info = self.shards[self._shard(place)]
-            available = host_bytes if device.kind == "cpu" else self._card_bytes(device, info)
+            on_card = device.kind == "cuda"
+            available = self._card_bytes(device, cards, info) if on_card else host_bytes
             memory.append(
                 RankMemory(
                     name=str(device),
@@ -244,12 +250,14 @@ class _Launch:
         _, free = host_memory()
         return max(0, int(free * (1 - _MARGIN_SHARE)) - _MARGIN_BYTES)
 
-    def _card_bytes(self, device: DeviceSpec, info: ShardInfo) -> int:
+    def _card_bytes(
+        self, device: DeviceSpec, cards: Sequence[tuple[str, int, int]], info: ShardInfo
+    ) -> int:
+        """What a rank on a card may take for its cache; weights are loaded later."""
         if self.config.kv_cache_memory is not None:
             return self.config.kv_cache_memory // len(self.used)
-        _, _, free = cuda_cards()[device.index]
-        spare = int(free * (1 - _MARGIN_SHARE)) // device.share
-        return max(0, spare - info.weight_bytes - _CUDA_CONTEXT_BYTES)
+        _, _, free = cards[device.index]
+        return card_cache_bytes(str(device), free, device.share, info.weight_bytes, _MARGIN_SHARE)
 
     # -- workers ---------------------------------------------------------------------------------
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -79,11 +81,13 @@ class LLM:
             block_size=block_size,
             kv_cache_memory=kv_cache_memory,
         )
-        self._open = False
         folder = resolve_model(config.model)
         defaults = read_defaults(read_generation_config(folder), read_config(folder))
         self._tokenizer = Tokenizer(folder)
         self._started = launch(config, folder, progress or (lambda _: None), supervisor)
+        # Also when the LLM is forgotten, or the script ends, without a shutdown.
+        self._close = weakref.finalize(self, _close_in, os.getpid(), self._started.close)
+        self._news: dict[int, RequestOutput] = {}
         self._engine = Engine(
             self._started.replicas,
             self._tokenizer,
@@ -91,7 +95,6 @@ class LLM:
             self._started.facts.vocab_size,
             self.plan.max_model_len,
         )
-        self._open = True
 
     @property
     def plan(self) -> EnginePlan:
@@ -116,7 +119,7 @@ class LLM:
         wanted = _one_each(sampling_params, len(many))
         ids = self._add_all(list(zip(many, wanted, strict=True)))
         finished: dict[int, RequestOutput] = {}
-        for output in self._outputs(len(ids)):
+        for output in self._outputs(ids):
             if output.finished:
                 finished[output.request_id] = output
                 if on_output is not None:
@@ -126,16 +129,15 @@ class LLM:
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
     ) -> Iterator[RequestOutput]:
-        """Generate for one prompt; yields the whole request each time it has grown."""
-        self._add_all([(prompt, sampling_params or SamplingParams())])
-        yield from self._outputs(1)
+        """Generate for one prompt; yields the whole request each time it has grown.
+
+        Several streams may be read in turns. Leaving one early ends its request.
+        """
+        yield from self._outputs(self._add_all([(prompt, sampling_params or SamplingParams())]))
 
     def shutdown(self) -> None:
         """End every process and give memory back. May be called again."""
-        if not self._open:
-            return
-        self._open = False
-        self._started.close()
+        self._close()
 
     def __enter__(self) -> Self:
         return self
@@ -148,14 +150,13 @@ class LLM:
     ) -> None:
         self.shutdown()
 
-    def __del__(self) -> None:
-        if getattr(self, "_open", False):
-            self.shutdown()
+    def _require_open(self) -> None:
+        if not self._close.alive:
+            raise EngineError("this LLM is shut down; make a new one")
 
     def _add_all(self, wanted: Sequence[tuple[Prompt, SamplingParams]]) -> list[int]:
         """Admit all requests or none."""
-        if not self._open:
-            raise EngineError("this LLM is shut down; make a new one")
+        self._require_open()
         ids: list[int] = []
         try:
             for number, (prompt, params) in enumerate(wanted):
@@ -175,19 +176,36 @@ class LLM:
                 raise
             raise type(error)(f"prompt {number}: {error}") from error
 
-    def _outputs(self, wanted: int) -> Iterator[RequestOutput]:
-        """Outputs until so many requests have finished; an early end aborts the rest."""
+    def _outputs(self, ids: Sequence[int]) -> Iterator[RequestOutput]:
+        """Outputs of these requests until all have finished; an early end aborts the rest.
+
+        A step may bring news of requests that are read elsewhere: those wait for their reader.
+        """
+        going = set(ids)
         try:
-            while wanted:
-                for output in self._engine.step():
-                    wanted -= output.finished
+            while going:
+                self._require_open()
+                if not (come := going & self._news.keys()):
+                    self._news.update((each.request_id, each) for each in self._engine.step())
+                for request_id in sorted(come):
+                    output = self._news.pop(request_id)
+                    if output.finished:
+                        going.discard(request_id)
                     yield output
         except SpanwiseError:
             self.shutdown()
             raise
         finally:
-            if self._open:
-                self._engine.abort_all()
+            for request_id in going:
+                self._news.pop(request_id, None)
+                if self._close.alive:
+                    self._engine.abort(request_id)
+
+
+def _close_in(pid: int, close: Callable[[], None]) -> None:
+    """Close in the process that started; a fork of it owns nothing."""
+    if os.getpid() == pid:
+        close()
 
 
 def _one_each(

@@ -24,9 +24,10 @@ class LayerAttention:
         layer: int,
         spec: LayerCache,
         kv_index: tuple[int, ...] | None,
+        device: torch.device,
     ) -> None:
         self.context, self.layer, self.spec = context, layer, spec
-        self.kv_index = None if kv_index is None else torch.tensor(kv_index)
+        self.kv_index = None if kv_index is None else torch.tensor(kv_index, device=device)
         self.cache: PagedCache | None = None
 
     def attend(

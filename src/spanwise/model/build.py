@@ -57,13 +57,20 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMod
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, attn_implementation=seams.ATTENTION, dtype=dtype
             )
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+    except KeyError as error:
+        if error.args != (seams.ATTENTION,):
+            raise ModelError(f"{config.model_type} cannot be built: key {error}") from error
+        raise ModelError(
+            f"{config.model_type} does not use the attention interface; not supported yet"
+        ) from error
+    except (ValueError, TypeError, AttributeError, RuntimeError, ImportError) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise ModelError(f"{config.model_type} cannot be built: {reason}") from error
     for part in _configs(model):
         part._experts_implementation = seams.EXPERTS
-        # Only used to warn about padding, by looking at the data of every step.
-        part.pad_token_id = None
+        # Only used to warn about padding, by looking at the data of every step. Past the config's
+        # own check, which may want a number.
+        part.__dict__["pad_token_id"] = None
     model.eval()
     model.requires_grad_(False)
     return model
@@ -100,8 +107,18 @@ def compute_buffers(model: PreTrainedModel) -> None:
         for name in names:
             fresh = torch.empty_like(module._buffers[name], device="cpu")
             module._buffers[name] = fresh.fill_(_UNSET if fresh.dtype != torch.bool else 0)
-        model._init_weights(module)
+        _owner(model, module_name)._init_weights(module)
         _check_computed(module, module_name, names)
+
+
+def _owner(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """The innermost model around a module: each knows how to initialise its own kinds."""
+    while name:
+        module = model.get_submodule(name)
+        if isinstance(module, PreTrainedModel):
+            return module
+        name = name.rpartition(".")[0]
+    return model
 
 
 def _check_computed(module: nn.Module, module_name: str, names: list[str]) -> None:

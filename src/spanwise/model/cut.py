@@ -164,15 +164,19 @@ class Cutter:
             back = _back_projection(linears)
             if back is None:
                 continue
-            others = [n for n, m in module.named_children() if n not in linears and _has_weights(m)]
-            if others and name != layer:
-                self.cut.replicated.append(f"{name}: {others[0]} stands between its linears")
+            between = {n for n, m in module.named_children() if _has_vectors(m)} - set(linears)
+            unknown = between - tables.INNER_NORMS
+            if unknown and name != layer:
+                self.cut.replicated.append(f"{name}: {min(unknown)} stands between its linears")
                 continue
-            self._mlp(name, linears, back)
+            self._mlp(name, linears, back, [f"{name}.{n}" for n in between - unknown])
 
-    def _mlp(self, name: str, linears: dict[str, nn.Module], back: str) -> None:
+    def _mlp(
+        self, name: str, linears: dict[str, nn.Module], back: str, norms: Sequence[str]
+    ) -> None:
         width, _ = features(linears[back])
-        own = split_evenly(width, self.size)[self.rank]
+        shares = split_evenly(width, self.size)
+        own = shares[self.rank]
         for leaf, linear in linears.items():
             full = f"{name}.{leaf}"
             if leaf == back:
@@ -180,6 +184,9 @@ class Cutter:
             else:
                 copies = features(linear)[1] // width
                 self._columns(full, tuple(_shift(own, i * width) for i in range(copies)))
+        for norm in norms:
+            module = self.modules[norm]
+            replace_forward(module, GatheredNorm(module, self.context, shares, self.rank))
 
     def _experts(self, name: str) -> None:
         module = self.modules[name]
@@ -239,7 +246,7 @@ class _AttentionPlan:
     def __init__(
         self, modules: dict[str, nn.Module], seen: AttentionSeen, size: int, rank: int
     ) -> None:
-        self.seen, self.rank = seen, rank
+        self.seen, self.rank, self.module = seen, rank, modules[seen.name]
         self.latent = seen.cache.kind == "latent"
         self.num_kv_heads = seen.num_heads if self.latent else seen.cache.num_heads
         if size > seen.num_heads:
@@ -281,7 +288,7 @@ class _AttentionPlan:
         self.parameters[f"{name}.{leaf}"] = _at(self.own.query)
 
     def _linear(self, name: str, leaf: str, module: nn.Module) -> None:
-        role = tables.ATTENTION_LINEARS.get(leaf)
+        role = tables.ATTENTION_LINEARS.get(leaf.lower())
         into, out = features(module)
         heads, kv_heads = self.seen.num_heads, self.num_kv_heads
         query_dim, key_dim, value_dim = self._dims()
@@ -294,8 +301,12 @@ class _AttentionPlan:
             "per_head": heads * (query_dim + key_dim + value_dim),
             "latent_heads": heads * (out // heads),
         }
+        if role == "packed" and getattr(self.module, tables.PACKED_BY_ROLE, True) is False:
+            role = "per_head"
         if role == "whole":
             return
+        if role == "query" and out == heads:  # a gate with one value a head
+            query_dim, expected["query"] = 1, heads
         if role == "out":
             if into != heads * value_dim:
                 raise NotUnderstoodError(f"{leaf} takes {into} columns")
@@ -326,15 +337,15 @@ class _AttentionPlan:
     def _norm(self, name: str, leaf: str, own: Mapping[str, torch.Tensor]) -> None:
         """A norm inside the attention: over each head (kept) or over all heads (gathered)."""
         role = tables.ATTENTION_NORMS.get(leaf)
-        query_dim, key_dim, _ = self._dims()
+        query_dim, key_dim, value_dim = self._dims()
         shapes = {tuple(tensor.shape) for tensor in own.values()}
-        per_head = {"query": query_dim, "key": key_dim}
-        heads = {"query": self.seen.num_heads, "key": self.num_kv_heads}
+        per_head = {"query": query_dim, "key": key_dim, "out": value_dim}
+        heads = {"query": self.seen.num_heads, "key": self.num_kv_heads, "out": self.seen.num_heads}
         if role == "whole" or (role in per_head and shapes == {(per_head[role],)}):
             return
         if role not in per_head or shapes != {(per_head[role] * heads[role],)}:
             raise NotUnderstoodError(f"{leaf} {sorted(shapes)}")
-        parts = [share.query if role == "query" else share.kv for share in self.shares]
+        parts = [share.kv if role == "key" else share.query for share in self.shares]
         dim = per_head[role]
         self.norms[name] = [range(part.start * dim, part.stop * dim) for part in parts]
 
@@ -390,8 +401,9 @@ def _back_projection(linears: dict[str, nn.Module]) -> str | None:
     return named[0] if len(named) == 1 else None
 
 
-def _has_weights(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters())
+def _has_vectors(module: nn.Module) -> bool:
+    """Whether a module has weights; single numbers, as some activations have, do not count."""
+    return any(parameter.numel() > 1 for parameter in module.parameters())
 
 
 def _at(share: range) -> Ranges:

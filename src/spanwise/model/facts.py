@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -39,7 +40,7 @@ def describe(folder: str, dtype: str) -> ModelFacts:
         max_position=min(limits, default=0),
         num_attention_heads=seen.attention[0].num_heads,
         num_kv_heads=seen.attention[0].num_kv_heads,
-        intermediate_size=int(getattr(text, "intermediate_size", 0) or 0),
+        intermediate_size=_width(getattr(text, "intermediate_size", 0)),
         num_experts=_num_experts(model, seen),
         tied_embeddings=head is not None and head.weight is embeddings.weight,
         layer_bytes=layer_bytes,
@@ -56,6 +57,11 @@ def describe(folder: str, dtype: str) -> ModelFacts:
 def _rows(embeddings: nn.Module) -> int:
     assert isinstance(embeddings.weight, torch.Tensor)
     return embeddings.weight.shape[0]
+
+
+def _width(configured: int | Sequence[int] | None) -> int:
+    """One number, where a config may give one for each layer."""
+    return int(max(configured) if isinstance(configured, Sequence) else configured or 0)
 
 
 def _num_experts(model: PreTrainedModel, seen: Probe) -> int:

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from spanwise.errors import ModelError
-from spanwise.model import seams
+from spanwise.model import seams, tables
 from spanwise.model.build import set_attention
+from spanwise.model.rotary import fixed_tables
 from spanwise.types.cache import CacheKind, LayerCache
 
 # A number no model has as a width, so that shapes tell where the tokens are.
@@ -56,12 +57,13 @@ class Probe:
     pipeline_refusal: str = ""
 
 
-def run_on_meta(model: PreTrainedModel, cache: seams.CacheShape) -> torch.Tensor:
+def run_on_meta(
+    model: PreTrainedModel, cache: seams.CacheShape, positions: torch.Tensor
+) -> torch.Tensor:
     """One forward of NUM_TOKENS tokens on the meta device; the logits ``[1, n, vocab]``."""
-    tokens = torch.zeros(1, NUM_TOKENS, dtype=torch.long, device="meta")
     output = model(
-        input_ids=tokens,
-        position_ids=tokens,
+        input_ids=torch.zeros(1, NUM_TOKENS, dtype=torch.long, device="meta"),
+        position_ids=positions,
         past_key_values=cache,
         use_cache=True,
         return_dict=True,
@@ -73,13 +75,19 @@ def run_on_meta(model: PreTrainedModel, cache: seams.CacheShape) -> torch.Tensor
 class _Recorder(seams.CacheShape):
     """The cache and the handlers of a probe run: records what passes."""
 
-    def __init__(self, names: dict[int, str]) -> None:
+    def __init__(self, names: dict[int, str], calls: _CallOrder) -> None:
         super().__init__()
-        self.names = names
+        self.names, self.calls = names, calls
+        self.length_asked_in: set[str] = set()
         self.updates: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.current: int | None = None
         self.attention: list[AttentionSeen] = []
         self.experts: list[str] = []
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Note which module wants to count positions itself."""
+        self.length_asked_in.add(self.calls.inputs[-1][0] if self.calls.inputs else "")
+        return 0
 
     def update(
         self,
@@ -172,7 +180,10 @@ def _window(module: nn.Module, options: dict[str, Any]) -> int:
     passed = options.get("sliding_window") or 0
     if not isinstance(mask, seams.SeenMask):
         return int(passed)
-    seen = {_reach(mask.mask_function, query) for query in (2**22, 2**22 + 1, 2**22 + 3)}
+    try:
+        seen = {_reach(mask.mask_function, query) for query in (2**22, 2**22 + 1, 2**22 + 3)}
+    except (AttributeError, RuntimeError, NotImplementedError, IndexError):
+        seen = {None}  # the mask was changed, or depends on more than two positions
     if len(seen) != 1 or None in seen:
         raise ModelError(
             f"{type(module).__name__} uses a mask that is neither causal nor a sliding window "
@@ -200,17 +211,21 @@ def _reach(mask_function: Callable[..., torch.Tensor], query: int) -> int | None
 
 
 def probe(model: PreTrainedModel) -> Probe:
-    """Run the model once and say what it does. Raises ModelError for what is not supported."""
+    """Run the model once and say what it does. Raises ModelError for what is not supported.
+
+    Parts of the model that a text does not run through (image and audio towers) are taken out.
+    """
     names = {id(module): name for name, module in model.named_modules()}
-    recorder = _Recorder(names)
+    calls = _CallOrder(model, names)
+    recorder = _Recorder(names, calls)
+    reached: list[bool] = []
+    positions = torch.zeros(1, NUM_TOKENS, dtype=torch.long, device="meta")
     for module in model.modules():
         seams.set_handler(module, _ProbeHandler(module, recorder))
-    result = Probe()
-    calls = _CallOrder(model, names)
     set_attention(model, seams.PROBE_ATTENTION)
     try:
-        with torch.no_grad():
-            run_on_meta(model, recorder)
+        with torch.no_grad(), fixed_tables(model):
+            run_on_meta(model, recorder, seams.seen_positions(positions, reached))
     except (
         RuntimeError,
         TypeError,
@@ -220,20 +235,64 @@ def probe(model: PreTrainedModel) -> Probe:
         KeyError,
         IndexError,
     ) as error:
-        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
         raise ModelError(
             f"{type(model).__name__} cannot run through the attention interface and a paged cache: "
-            f"{reason}; this architecture is not supported"
+            f"{_reason(error)}; this architecture is not supported"
         ) from error
     finally:
         calls.remove()
         set_attention(model, seams.ATTENTION)
         for module in model.modules():
             module.__dict__.pop(seams._HANDLER, None)
-    result.attention, result.experts = recorder.attention, recorder.experts
+    result = Probe(attention=recorder.attention, experts=recorder.experts)
     _find_layers(model, result)
+    _check_positions(model, result, recorder, bool(reached))
+    _check_windows(model, result)
     calls.order(result)
+    _drop_unused(model, result, calls)
     return result
+
+
+def _reason(error: Exception) -> str:
+    """One line of why a run failed, in words where the error's own say nothing to a user."""
+    text = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+    return next((words for sign, words in tables.FAILURES.items() if sign in text), text)
+
+
+def _check_positions(
+    model: PreTrainedModel, result: Probe, recorder: _Recorder, reached: bool
+) -> None:
+    """Refuse a model that counts positions from the cache's length: a step has many sequences."""
+    asked = recorder.length_asked_in
+    in_layer = any(name.startswith(f"{result.layers_name}.") for name in asked)
+    if in_layer or (asked and not reached):
+        raise ModelError(
+            f"{type(model).__name__} counts positions by itself instead of taking position_ids "
+            "(decoders of encoder-decoder models do); not supported yet"
+        )
+
+
+def _check_windows(model: PreTrainedModel, result: Probe) -> None:
+    """Refuse a model whose own cache forgets what its mask still lets it see."""
+    own = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    for seen, layer in zip(result.attention, own, strict=False):
+        if getattr(layer, "is_sliding", False) and not seen.cache.window:
+            raise ModelError(
+                f"{type(model).__name__} has a sliding_window in its cache that its attention mask "
+                "does not have; not supported yet"
+            )
+
+
+def _drop_unused(model: PreTrainedModel, result: Probe, calls: _CallOrder) -> None:
+    """Take out the towers beside the decoder that a text did not run through."""
+    ran = {name for name, *_ in calls.calls}
+    used = {".".join(n.split(".")[:i]) for n in ran for i in range(1, n.count(".") + 2)}
+    for owner_name in {"", *(n for n in used if result.layers_name.startswith(f"{n}."))}:
+        owner = model.get_submodule(owner_name)
+        for leaf, child in list(owner.named_children()):
+            name = f"{owner_name}.{leaf}".lstrip(".")
+            if name not in used and any(True for _ in child.children()):
+                setattr(owner, leaf, None)
 
 
 def _find_layers(model: PreTrainedModel, result: Probe) -> None:
@@ -267,7 +326,7 @@ class _CallOrder:
     def __init__(self, model: PreTrainedModel, names: dict[int, str]) -> None:
         self.names = names
         self.calls: list[tuple[str, nn.Module, Any]] = []
-        self.layer_inputs: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+        self.inputs: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
         self.outputs: dict[str, Any] = {}
         self.handles = []
         for module in model.modules():
@@ -275,7 +334,7 @@ class _CallOrder:
             self.handles.append(module.register_forward_hook(self._after))
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.layer_inputs.append((self.names[id(module)], args, kwargs))
+        self.inputs.append((self.names[id(module)], args, kwargs))
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         name = self.names[id(module)]
@@ -291,8 +350,9 @@ class _CallOrder:
         prefix = f"{result.layers_name}."
         inside = [i for i, (name, *_) in enumerate(self.calls) if name.startswith(prefix)]
         for i, (name, module, output) in enumerate(self.calls):
+            # A module around others keeps its own few parameters on every stage.
             own = any(True for _ in module.parameters(recurse=False))
-            if name.startswith(prefix) or not own:
+            if name.startswith(prefix) or not own or any(_weighty(c) for c in module.children()):
                 continue
             where = result.before_layers if i < inside[0] else result.after_layers
             where.append(name)
@@ -305,7 +365,7 @@ class _CallOrder:
     def _check_layers(self, result: Probe) -> None:
         count = len(result.attention)
         names = [f"{result.layers_name}.{i}" for i in range(count)]
-        inputs = {name: (args, kwargs) for name, args, kwargs in self.layer_inputs}
+        inputs = {name: (args, kwargs) for name, args, kwargs in self.inputs}
         result.returns_tuple = not isinstance(self.outputs[names[0]], torch.Tensor)
         previous: torch.Tensor | None = None
         for name in names:
@@ -326,7 +386,12 @@ class _CallOrder:
                 and key not in _POSITIONAL
             ]
             if extra:
-                result.pipeline_refusal = f"its layers take {extra[0]} beside hidden states"
+                word = extra[0] if isinstance(extra[0], str) else "a second input"
+                result.pipeline_refusal = f"its layers take {word} beside hidden states"
+
+
+def _weighty(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())
 
 
 def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:

@@ -7,7 +7,8 @@ computed and each token takes the one of its own sequence's length.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from spanwise.errors import ModelError
 from spanwise.model.context import ShardContext
 from spanwise.model.parallel import replace_forward
 
@@ -30,8 +32,6 @@ class _LongRope:
         rule = ROPE_INIT_FUNCTIONS["longrope"]
         self.short, _ = rule(module.config, torch.device("cpu"), seq_len=border)
         self.long, _ = rule(module.config, torch.device("cpu"), seq_len=border + 1)
-        # The module's own switch looks at the whole batch; as "default" it leaves factors alone.
-        module.__dict__["rope_type"] = "default"
 
     def __call__(self, x: torch.Tensor, position_ids: torch.Tensor, **options: Any) -> Tables:
         """``position_ids`` ``[1, tokens]`` to cosines and sines ``[1, tokens, dim]``."""
@@ -46,8 +46,13 @@ class _LongRope:
 
 
 def long_rope_border(model: PreTrainedModel) -> int:
-    """The sequence length beyond which long factors apply; 0 where the model has none."""
+    """The sequence length beyond which long factors apply; 0 where the model has none.
+
+    Raises ModelError where kinds of layers differ in it.
+    """
     parameters = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    if any(isinstance(p, dict) and p.get("rope_type") == "longrope" for p in parameters.values()):
+        raise ModelError("long-RoPE for some kinds of layers only is not supported yet")
     if parameters.get("rope_type") != "longrope":
         return 0
     return int(parameters["original_max_position_embeddings"])
@@ -65,9 +70,36 @@ def dynamic_limit(model: PreTrainedModel) -> int:
     return int(config.max_position_embeddings) if dynamic else 0
 
 
+def _without_growth(kind: Any) -> Any:
+    """A rotary kind, or one for each kind of layer, whose table does not look at the batch."""
+    if isinstance(kind, dict):
+        return {layer: _without_growth(own) for layer, own in kind.items()}
+    return "default" if "dynamic" in kind or kind == "longrope" else kind
+
+
+@contextmanager
+def fixed_tables(model: PreTrainedModel) -> Iterator[None]:
+    """Let no table look at the batch meanwhile; only shapes are wanted."""
+    kinds = {module: module.__dict__.get("rope_type") for module in model.modules()}
+    for module, kind in kinds.items():
+        if kind is not None:
+            module.__dict__["rope_type"] = _without_growth(kind)
+    try:
+        yield
+    finally:
+        for module, kind in kinds.items():
+            if kind is not None:
+                module.__dict__["rope_type"] = kind
+
+
 def make_per_sequence(model: PreTrainedModel, context: ShardContext) -> None:
     """Replace every length-dependent rotary forward of the model."""
     border = long_rope_border(model)
     for module in model.modules():
-        if border and getattr(module, "rope_type", None) == "longrope":
+        kind = module.__dict__.get("rope_type")
+        if kind is None:
+            continue
+        # Up to ``dynamic_limit`` a dynamic table never grows; a long one is chosen here instead.
+        module.__dict__["rope_type"] = _without_growth(kind)
+        if border and kind == "longrope":
             replace_forward(module, _LongRope(module, context, border))

@@ -7,11 +7,12 @@ holds a current batch or rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from transformers.cache_utils import Cache
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -76,6 +77,38 @@ class SeenMask(torch.Tensor):
     """Stands for a mask while probing and carries the function that would have built it."""
 
     mask_function: Callable[..., torch.Tensor]
+
+
+class SeenPositions(torch.Tensor):
+    """Stands for the positions while probing and notes whether a value is computed from them."""
+
+    reached: list[bool]
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Whole numbers made from positions are positions; anything else is a use of them."""
+        with torch._C.DisableTorchFunctionSubclass():
+            out = func(*args, **(kwargs or {}))
+        source = next((a for a in tree_leaves((args, kwargs)) if isinstance(a, cls)), None)
+        if source is None or not isinstance(out, torch.Tensor) or isinstance(out, cls):
+            return out
+        if out.is_floating_point():
+            source.reached.append(True)
+            return out
+        return seen_positions(out, source.reached)
+
+
+def seen_positions(positions: torch.Tensor, reached: list[bool]) -> SeenPositions:
+    """``positions`` watched: ``reached`` is not empty once anything is computed from them."""
+    seen = positions.as_subclass(SeenPositions)
+    seen.reached = reached
+    return seen
 
 
 def _probe_mask(mask_function: Callable[..., torch.Tensor], **_: Any) -> torch.Tensor:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from spanwise.comm.communicator import Communicator
+from spanwise.device.memory import claiming
 from spanwise.model import seams, tables
 from spanwise.model.attention import LayerAttention
 from spanwise.model.batch import StepBatch
@@ -24,6 +27,8 @@ from spanwise.model.stage import StageOutput, keep_stage
 from spanwise.types.cache import LayerCache
 from spanwise.types.worker import ShardInfo, ShardSpec
 
+_CPU = torch.device("cpu")
+
 
 class Shard:
     """A stage's share of one tensor-parallel rank: weights and forward, no cache, no peers yet.
@@ -32,13 +37,20 @@ class Shard:
     """
 
     def __init__(
-        self, model: PreTrainedModel, spec: ShardSpec, seen: Probe, context: ShardContext, cut: Cut
+        self,
+        model: PreTrainedModel,
+        spec: ShardSpec,
+        seen: Probe,
+        context: ShardContext,
+        cut: Cut,
+        weight_bytes: int,
+        device: torch.device,
     ) -> None:
         self.model, self.spec, self.context, self.cut = model, spec, context, cut
-        self.dtype = model.dtype
+        self.dtype, self.weight_bytes = model.dtype, weight_bytes
         self.layer_caches: dict[int, LayerCache] = {i: s.cache for i, s in cut.layers.items()}
         self._attention = {
-            layer: LayerAttention(context, layer, share.cache, share.kv_index)
+            layer: LayerAttention(context, layer, share.cache, share.kv_index, device)
             for layer, share in cut.layers.items()
         }
         for layer, handler in self._attention.items():
@@ -52,19 +64,13 @@ class Shard:
         self._cache: PagedCache | None = None
         self._slices_logits = accepts(model, "logits_to_keep")
 
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of weights held, a tensor shared by two modules counted once."""
-        tensors = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
-        return sum(t.numel() * t.element_size() for t in tensors.values() if not t.is_meta)
-
     def _keep_hidden(self, _: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         """Keep what the head reads, ``[wanted, hidden]``: the answer of pooling requests."""
         hidden = args[0][0]
         self.last_hidden = hidden if self._slices_logits else hidden[self.context.step.wanted]
 
     def info(self) -> ShardInfo:
-        """What the engine needs to know to size the cache."""
+        """What the engine needs to know to size the cache; the same before weights are loaded."""
         return ShardInfo(
             weight_bytes=self.weight_bytes,
             value_bytes=self.dtype.itemsize,
@@ -116,46 +122,107 @@ def cut_on_meta(model: PreTrainedModel, seen: Probe, spec: ShardSpec, context: S
     return Cutter(model, seen, spec, context).run()
 
 
-def load_shard(spec: ShardSpec) -> Shard:
-    """Build, cut and load one rank's part, reading only its slices. Raises ModelError."""
-    config = read_model_config(spec.folder)
-    model = build_on_meta(config, resolve_dtype(config, spec.dtype))
-    tables.check_plans(model)
-    checkpoint = Checkpoint.open(Path(spec.folder), model)
-    checkpoint.validate()
-    seen = probe(model)
-    full_shapes = {name: tuple(t.shape) for name, t in model.state_dict(keep_vars=True).items()}
+def describe_shard(spec: ShardSpec) -> ShardInfo:
+    """What ``load_shard`` would hold, reading headers only. Raises ModelError."""
+    return _Draft(spec).shard(torch.device("meta")).info()
+
+
+def load_shard(spec: ShardSpec, device: torch.device = _CPU) -> Shard:
+    """Build, cut and load one rank's part, reading only its slices. Raises ModelError.
+
+    To a card tensor by tensor: the host holds one at a time. Raises DeviceError where it is full.
+    """
+    draft = _Draft(spec)
+    with claiming(device, draft.weight_bytes, "its share of the weights"):
+        draft.load(device)
+        return draft.shard(device)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A tensor to load once, and the names under which the model has it (several if tied)."""
+
+    source: str
+    wanted: WantedTensor
+    names: list[str]
+    num_bytes: int
+
+
+class _Draft:
+    """A rank's part of a model, checked against its checkpoint and cut, still without weights."""
+
+    def __init__(self, spec: ShardSpec) -> None:
+        config = read_model_config(spec.folder)
+        self.spec, self.context = spec, ShardContext()
+        self.model = build_on_meta(config, resolve_dtype(config, spec.dtype))
+        tables.check_plans(self.model)
+        self.checkpoint = Checkpoint.open(Path(spec.folder), self.model)
+        self.checkpoint.validate()
+        self.seen = probe(self.model)
+        shapes = {name: tuple(t.shape) for name, t in _stored(self.model).items()}
+        compute_buffers(self.model)
+        self.cut = cut_on_meta(self.model, self.seen, spec, self.context)
+        self.pieces = _pieces(self.model, self.cut, shapes)
+        computed = sum(buffer.nbytes for buffer in self.model.buffers() if not buffer.is_meta)
+        self.weight_bytes = sum(piece.num_bytes for piece in self.pieces) + computed
+
+    def load(self, device: torch.device) -> None:
+        """Fill the model, on a device."""
+        for piece in self.pieces:
+            value = self.checkpoint.load(piece.source, piece.wanted).to(device)
+            _place(self.model, piece.names, value)
+        move_computed(self.model, device)
+
+    def shard(self, device: torch.device) -> Shard:
+        """The shard; nothing may be changed here afterwards."""
+        return Shard(
+            self.model, self.spec, self.seen, self.context, self.cut, self.weight_bytes, device
+        )
+
+
+def _stored(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return dict(model.state_dict(keep_vars=True))
+
+
+def _pieces(
+    model: PreTrainedModel, cut: Cut, full_shapes: dict[str, tuple[int, ...]]
+) -> list[_Piece]:
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
-    context = ShardContext()
-    compute_buffers(model)
-    cut = cut_on_meta(model, seen, spec, context)
-    _load_tensors(model, checkpoint, cut, full_shapes, tied)
-    return Shard(model, spec, seen, context, cut)
+    pieces: dict[tuple[str, object], _Piece] = {}
+    for name, tensor in _stored(model).items():
+        source, cuts = tied.get(name, name), cut.tensors.get(name, ())
+        wanted = WantedTensor(full_shapes[name], tensor.dtype, cuts)
+        piece = pieces.setdefault((source, cuts), _Piece(source, wanted, [], tensor.nbytes))
+        piece.names.append(name)
+    return list(pieces.values())
 
 
-def _load_tensors(
-    model: PreTrainedModel,
-    checkpoint: Checkpoint,
-    cut: Cut,
-    full_shapes: dict[str, tuple[int, ...]],
-    tied: dict[str, str],
-) -> None:
-    loaded: dict[tuple[str, object], torch.Tensor] = {}
-    for name, tensor in list(model.state_dict(keep_vars=True).items()):
-        source = tied.get(name, name)
-        cuts = cut.tensors.get(name, ())
-        key = (source, cuts)
-        if key not in loaded:
-            wanted = WantedTensor(full_shapes[name], tensor.dtype, cuts)
-            loaded[key] = checkpoint.load(source, wanted)
-        _place(model, name, loaded[key], tensor)
+def _place(model: PreTrainedModel, names: list[str], value: torch.Tensor) -> None:
+    parameter = nn.Parameter(value, requires_grad=False)
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        template = getattr(module, leaf)
+        assert value.shape == template.shape, (name, value.shape, template.shape)
+        if isinstance(template, nn.Parameter):
+            setattr(module, leaf, parameter)
+        else:
+            module._buffers[leaf] = value
 
 
-def _place(model: PreTrainedModel, name: str, value: torch.Tensor, template: torch.Tensor) -> None:
-    assert value.shape == template.shape, (name, value.shape, template.shape)
-    owner, _, leaf = name.rpartition(".")
-    module = model.get_submodule(owner)
-    if isinstance(template, nn.Parameter):
-        setattr(module, leaf, nn.Parameter(value, requires_grad=False))
-    else:
-        module._buffers[leaf] = value
+def move_computed(model: PreTrainedModel, device: torch.device) -> None:
+    """Move what was computed and not loaded: buffers, and tensors that parts keep for themselves.
+
+    A part here is a module or what stands for its forward.
+    """
+    if device.type == "cpu":
+        return
+    for module in model.modules():
+        for kept in (module._buffers, module.__dict__, _own_values(module.__dict__.get("forward"))):
+            for name, value in kept.items():
+                if isinstance(value, torch.Tensor):
+                    kept[name] = value.to(device)
+
+
+def _own_values(part: object) -> dict[str, Any]:
+    return getattr(part, "__dict__", {})

@@ -46,7 +46,7 @@ class _PassLayer(nn.Module):
 
 
 class _Absent(nn.Module):
-    """Stands for a module before the layers: zeros of its output's shape, without memory."""
+    """Stands for a module before the layers: zeros of its output's shape."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, context: ShardContext) -> None:
         super().__init__()
@@ -57,7 +57,8 @@ class _Absent(nn.Module):
         tokens = self.context.step.num_tokens
         shape = list(self.shape)
         shape[self.shape.index(NUM_TOKENS)] = tokens
-        return torch.zeros(1, dtype=self.dtype).expand(shape)
+        # Memory of their own: some models change their embeddings in place.
+        return torch.zeros(shape, dtype=self.dtype, device=self.context.step.token_ids.device)
 
 
 def _receiving(layer: nn.Module, context: ShardContext) -> Callable[..., Any]:
@@ -105,8 +106,6 @@ def keep_stage(
 def _remove(model: PreTrainedModel, names: list[str], probe: Probe, context: ShardContext) -> None:
     dtype = model.dtype
     for name in names:
-        if probe.layers_name.startswith(f"{name}.") or name == "":
-            continue  # a module around the layers keeps its own few parameters on every stage
         owner, _, leaf = name.rpartition(".")
         absent = _Absent(probe.output_shapes[name], dtype, context)
         setattr(model.get_submodule(owner), leaf, absent)

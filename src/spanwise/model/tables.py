@@ -13,9 +13,9 @@ AttentionRole = Literal[
     "query", "key", "value", "packed", "per_head", "latent_heads", "out", "whole"
 ]
 
-# Linears of an attention module by the name of the leaf. "packed": queries, keys and values side
-# by side; "per_head": one head's three after the other's; "latent_heads": a latent expanded to
-# every head; "whole": kept on every rank.
+# Linears of an attention module by the name of the leaf, in small letters. "packed": queries, keys
+# and values side by side; "per_head": one head's three after the other's; "latent_heads": a latent
+# expanded to every head; "whole": kept on every rank.
 ATTENTION_LINEARS: dict[str, AttentionRole] = {
     "q_proj": "query",
     "q_b_proj": "query",
@@ -29,7 +29,7 @@ ATTENTION_LINEARS: dict[str, AttentionRole] = {
     "wv": "value",
     "qkv_proj": "packed",
     "c_attn": "packed",
-    "Wqkv": "packed",
+    "wqkv": "packed",
     "query_key_value": "per_head",
     "kv_b_proj": "latent_heads",
     "o_proj": "out",
@@ -40,6 +40,8 @@ ATTENTION_LINEARS: dict[str, AttentionRole] = {
     "q_a_proj": "whole",
     "kv_a_proj_with_mqa": "whole",
 }
+# Where an attention module says False to this, its packed projection is by head after all.
+PACKED_BY_ROLE = "multi_query"
 ATTENTION_NORMS: dict[str, AttentionRole] = {
     "q_norm": "query",
     "q_layernorm": "query",
@@ -47,11 +49,14 @@ ATTENTION_NORMS: dict[str, AttentionRole] = {
     "k_norm": "key",
     "k_layernorm": "key",
     "key_layernorm": "key",
+    "attn_sub_norm": "out",
     "q_a_layernorm": "whole",
     "kv_a_layernorm": "whole",
 }
+# Norms of an MLP between its inner columns and the linear that projects back.
+INNER_NORMS = {"ffn_sub_norm"}
 # One value for each query head.
-ATTENTION_HEAD_PARAMETERS = {"sinks"}
+ATTENTION_HEAD_PARAMETERS = {"sinks", "gate_bias"}
 
 # Where a module of linears has equal sizes on both sides, the one that projects back.
 BACK_PROJECTIONS = {
@@ -61,7 +66,10 @@ BACK_PROJECTIONS = {
 # Attributes of attention modules that count heads or columns and follow the rank's share.
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_head", "n_heads", "num_q_heads")
 KV_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")
-HEAD_COLUMNS = ("split_size", "embed_dim", "hidden_size", "all_head_size", "q_size", "inner_dim")
+HEAD_COLUMNS = (
+    "split_size", "embed_dim", "hidden_size", "all_head_size", "q_size", "inner_dim",
+    "d_model_size",
+)  # fmt: skip
 KV_COLUMNS = ("kv_dim", "kv_size")
 
 # The words of transformers 5.17 to 5.23. What a word says is checked against the module's shape;
@@ -74,6 +82,15 @@ PLAN_WORDS = {
     "embedding_rowwise", "embedding_colwise", "moe_tp_experts", "moe_identity_expert",
     "grouped_gemm", "ep_dispatch_experts", "ep_router", "mla_kv_a_proj",
 }  # fmt: skip
+
+# What a failed run says, and what it means to a user.
+FAILURES = {
+    "meta tensor": "it decides by the values of tensors while it runs",
+    "register_meta": "it decides by the values of tensors while it runs",
+    "device meta": "it mixes in tensors it makes on the CPU while it runs",
+    "Attention mask should be of size": "it computes its attention itself",
+    "past_key_values": "it keeps a cache of its own kind, or none",
+}
 
 
 def check_plans(model: PreTrainedModel) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 
+from spanwise.device.memory import move_together
 from spanwise.model.batch import RowSpan, StepBatch
 from spanwise.runner.sequences import SequenceTable
 from spanwise.types.cache import CacheLayout
@@ -55,18 +57,28 @@ class BatchBuilder:
         wanted, index = _wanted(rows, known)
         ids = torch.tensor(token_ids) if reads_tokens else torch.zeros(offset, dtype=torch.long)
         assert ids.shape[0] == offset, "a row reads tokens that are not known"
-        return (
-            StepBatch(
-                token_ids=ids.to(self._device),
-                positions=torch.cat(positions).to(self._device),
-                lengths=torch.cat(lengths).to(self._device),
-                rows=spans,
-                write_slots=self._write_slots(rows, known),
-                group_of=self._group_of,
-                wanted=torch.tensor(index, dtype=torch.long, device=self._device),
-            ),
-            wanted,
+        batch = StepBatch(
+            token_ids=ids,
+            positions=torch.cat(positions),
+            lengths=torch.cat(lengths),
+            rows=spans,
+            write_slots=self._write_slots(rows, known),
+            group_of=self._group_of,
+            wanted=torch.tensor(index, dtype=torch.long),
         )
+        return self._moved(batch), wanted
+
+    def _moved(self, batch: StepBatch) -> StepBatch:
+        """The batch on the rank's device."""
+        if self._device.type == "cpu":
+            return batch
+        own = [batch.token_ids, batch.positions, batch.lengths, batch.wanted, *batch.write_slots]
+        read = [slots for row in batch.rows for slots in row.read_slots]
+        moved = iter(move_together([*own, *read], self._device))
+        ids, positions, lengths, wanted = islice(moved, 4)
+        write_slots = tuple(islice(moved, len(batch.write_slots)))
+        rows = [replace(r, read_slots=tuple(islice(moved, len(r.read_slots)))) for r in batch.rows]
+        return StepBatch(ids, positions, lengths, rows, write_slots, batch.group_of, wanted)
 
     def _span(self, row: Row, offset: int, slots: Sequence[torch.Tensor]) -> RowSpan:
         first = tuple(max(0, row.start - w + 1) if w else 0 for w in self._windows)

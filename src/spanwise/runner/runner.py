@@ -58,7 +58,7 @@ class Runner:
         self._device = arena.device if isinstance(arena, torch.Tensor) else torch.device("cpu")
         stores = attach_stores(arena, shard.layer_caches, spec.cache, shard.dtype)
         shard.join(comm.tp, stores)
-        self._known = SequenceTable(spec.cache, self._device)
+        self._known = SequenceTable(spec.cache)
         self._builder = BatchBuilder(spec.cache, spec.shard.num_layers, self._device)
         self._awaited: deque[_AwaitedTokens] = deque()
 
@@ -88,8 +88,8 @@ class Runner:
     def _receive(self, num_tokens: int) -> torch.Tensor | None:
         if self._comm.inbox is None:
             return None
-        shape = (num_tokens, self._shard.hidden_size)
-        return self._comm.inbox.recv(torch.empty(shape, dtype=self._shard.dtype))
+        shape, dtype = (num_tokens, self._shard.hidden_size), self._shard.dtype
+        return self._comm.inbox.recv(torch.empty(shape, dtype=dtype, device=self._device))
 
     # -- drawn tokens, from the last stage to the first ------------------------------------------
 
@@ -120,7 +120,7 @@ class Runner:
 
     def _take_tokens(self, awaited: _AwaitedTokens) -> None:
         assert self._comm.tokens is not None
-        drawn = torch.empty(len(awaited.sequences), dtype=torch.long)
+        drawn = torch.empty(len(awaited.sequences), dtype=torch.long, device=self._device)
         self._comm.tokens.recv(drawn)
         for sequence, token_id in zip(awaited.sequences, drawn.tolist(), strict=True):
             sequence.token_ids.append(token_id)
@@ -128,14 +128,14 @@ class Runner:
     # -- sampling --------------------------------------------------------------------------------
 
     def _sample(self, logits: torch.Tensor, wanted: list[WantedLogits]) -> LaneResult:
-        logits = logits.float().cpu()
+        logits = logits.float()
         drawing = [w for w in wanted if self._draws(w.row)]
         rows = [self._sample_row(w.row) for w in drawing]
         token_ids, logprobs = sample(logits[[w.last for w in drawing]], rows)
         for w, token_id in zip(drawing, token_ids, strict=True):
             self._known[w.row.sequence_id].token_ids.append(token_id)
         if self._comm.tokens is not None and token_ids:
-            self._comm.tokens.send(torch.tensor(token_ids))
+            self._comm.tokens.send(torch.tensor(token_ids, device=self._device))
         answers = zip(token_ids, logprobs, strict=True)
         drawn = {w.row.sequence_id: a for w, a in zip(drawing, answers, strict=True)}
         results = []

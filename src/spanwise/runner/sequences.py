@@ -14,7 +14,7 @@ from spanwise.types.plan import LanePlan, NewSequence, Row
 class KnownSequence:
     """One sequence: its tokens as far as this rank knows them, and its slots in each cache group.
 
-    ``slots[g]`` ``[n]``: the cache slot of each position the block table covers.
+    ``slots[g]`` ``[n]``: the cache slot of each position the block table covers, in host memory.
     """
 
     intro: NewSequence
@@ -23,13 +23,16 @@ class KnownSequence:
 
 
 class SequenceTable:
-    """All sequences of an epoch, kept in step with the plans."""
+    """All sequences of an epoch, kept in step with the plans, on the host.
 
-    def __init__(self, layout: CacheLayout, device: torch.device) -> None:
+    On a card each plan would launch several small copies and kernels for every sequence; what a
+    step reads of the table goes there at once with the rest of the step.
+    """
+
+    def __init__(self, layout: CacheLayout) -> None:
         self._block_size = layout.block_size
         self._num_groups = len(layout.groups)
-        self._device = device
-        self._in_block = torch.arange(layout.block_size, device=device)
+        self._in_block = torch.arange(layout.block_size)
         self._known: dict[int, KnownSequence] = {}
 
     def __getitem__(self, sequence_id: int) -> KnownSequence:
@@ -40,7 +43,7 @@ class SequenceTable:
         for sequence_id in lane.dropped:
             self._known.pop(sequence_id, None)
         for intro in lane.new:
-            empty = torch.empty(0, dtype=torch.long, device=self._device)
+            empty = torch.empty(0, dtype=torch.long)
             self._known[intro.sequence_id] = KnownSequence(
                 intro, list(intro.token_ids), [empty] * self._num_groups
             )
@@ -51,6 +54,6 @@ class SequenceTable:
         slots = self._known[row.sequence_id].slots
         for group, blocks in enumerate(row.new_blocks):
             if blocks:
-                first = torch.tensor(blocks, device=self._device) * self._block_size
+                first = torch.tensor(blocks) * self._block_size
                 more = (first[:, None] + self._in_block).flatten()
                 slots[group] = torch.cat((slots[group], more))

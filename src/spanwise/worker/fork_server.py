@@ -21,7 +21,19 @@ from spanwise.worker.entries import Entries, resolve
 from spanwise.worker.failure import reported
 from spanwise.worker.forker import Forker
 from spanwise.worker.lifeline import hang_on
-from spanwise.worker.messages import Command, Describe, Described, Job, LoadShard, RunWorker
+from spanwise.worker.messages import (
+    Command,
+    Describe,
+    Described,
+    DescribeShard,
+    Job,
+    LoadShard,
+    RunWorker,
+    ServeStore,
+    ShardDescribed,
+)
+from spanwise.worker.names import shard_name
+from spanwise.worker.store import run_store
 from spanwise.worker.worker import run_worker
 from spanwise.worker.zygote import run_zygote
 
@@ -54,10 +66,15 @@ def _run_job(entries: Entries, job: Job, channel: Channel[Command], fds: Sequenc
             with reported(channel, lambda: f"describing {job.folder}"):
                 facts = resolve(entries.describe)(job.folder, job.dtype)
                 channel.send(Described(facts))
+        case DescribeShard():
+            with reported(channel, lambda: f"describing {shard_name(job.spec)}"):
+                channel.send(ShardDescribed(resolve(entries.describe_shard)(job.spec)))
         case LoadShard():
             run_zygote(entries, job.spec, channel)
         case RunWorker():
             run_worker(entries, job, channel, fds)
+        case ServeStore():
+            run_store(entries, channel, fds)
 
 
 def _adopt_orphans() -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from spanwise.comm.communicator import RankComm
 from spanwise.comm.counters import DEFAULT_SPIN_S
-from spanwise.comm.nccl import NcclGroups, connect_store
 from spanwise.comm.shared_memory import open_rank_comm
-from spanwise.device.memory import place
 from spanwise.types.worker import WorkerSpec
 
 
@@ -22,6 +20,9 @@ def open_comm(segment_fd: int, spec: WorkerSpec, may_spin: bool) -> RankComm:
 
 
 def _nccl(spec: WorkerSpec) -> RankComm:
+    from spanwise.comm.nccl import NcclGroups, connect_store  # a CPU rank need not wait for them
+    from spanwise.device.memory import place
+
     groups = NcclGroups(
         connect_store(spec.store_port),
         name=f"epoch {spec.epoch}",  # the store is the replica's own

@@ -19,11 +19,21 @@ class ReplicaSpec:
     arena_bytes: tuple[int, ...]
     segment: SegmentLayout
 
+    @property
+    def has_own_cards(self) -> bool:
+        """Whether there are several ranks, each alone on a card: those are joined by NCCL.
+
+        NCCL refuses two ranks on one card; they, as CPU ranks, are joined by the segment.
+        """
+        cards = {each.device.index for each in self.workers if each.device.kind == "cuda"}
+        return len(cards) == len(self.workers) > 1
+
 
 class Replica:
     """The running workers, in the order of the spec, with their segment and KV arenas (memfds).
 
-    ``explain(process)`` says how a process ended. ``shards``: what each worker holds.
+    ``explain(process)`` says how a process ended. ``shards``: what each worker holds. ``store``:
+    the process where ranks that use NCCL meet.
     """
 
     def __init__(self, spec: ReplicaSpec, explain: Callable[[Process], str]) -> None:
@@ -31,6 +41,7 @@ class Replica:
         self.explain = explain
         self.workers: list[Process] = []
         self.shards: list[ShardInfo] = []
+        self.store: Process | None = None
         self.segment_fd = create_segment("spanwise-segment", spec.segment)
         self._fds = [self.segment_fd]
 
@@ -48,5 +59,8 @@ class Replica:
         end(self.workers, timeout_s)
         for worker in self.workers:
             worker.close()
+        if self.store is not None:  # after the ranks, which may be meeting there
+            end([self.store], timeout_s)
+            self.store.close()
         while self._fds:
             os.close(self._fds.pop())

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import msgspec
 
+from spanwise.comm.store import listen_on_loopback
 from spanwise.errors import DeviceError, WorkerError
 from spanwise.types.model import ModelFacts
 from spanwise.types.worker import ShardInfo, ShardSpec, WorkerSpec
@@ -22,24 +23,37 @@ from spanwise.worker.channel import Channel, ChannelClosed
 from spanwise.worker.entries import Entries
 from spanwise.worker.lifeline import Lifeline
 from spanwise.worker.messages import (
+    Answer,
     Describe,
     Described,
+    DescribeShard,
     Job,
     Loaded,
     LoadShard,
     Ready,
     Reply,
     RunWorker,
+    ServeStore,
+    Serving,
+    ShardDescribed,
 )
 from spanwise.worker.names import shard_name, worker_name
 from spanwise.worker.process import ForkingProcess, Process, end, next_reply
 from spanwise.worker.replica import Replica, ReplicaSpec
 
 Progress = Callable[[int, int], None]
-ReplyType = TypeVar("ReplyType", Described, Loaded, Ready)
+AnswerType = TypeVar("AnswerType", bound=Answer)
 
 _STATUS_WAIT_S = 1.0
-_SINGLE_THREADED = {"OPENBLAS_NUM_THREADS": "1"}  # numpy's would start threads in the fork server
+_ENVIRONMENT = {
+    # numpy's would start threads in the fork server.
+    "OPENBLAS_NUM_THREADS": "1",
+    # Whether there is a card is asked of the driver's management library: a library that asks CUDA
+    # while the fork server imports it would take CUDA from every worker.
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+    # As that library counts, and with it device names.
+    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+}
 
 
 class Supervisor:
@@ -63,13 +77,13 @@ class Supervisor:
     def describe(self, folder: str, dtype: str) -> ModelFacts:
         """Give a model's facts. Raises ModelError."""
         job = Describe(folder, dtype)
-        child = self._fork(self._server, f"the process describing {folder}", job)
-        try:
-            (described,) = self._replies([child], Described)
-        finally:
-            end([child], _STATUS_WAIT_S)
-            child.close()
+        (described,) = self._ask([(f"the process describing {folder}", job)], Described)
         return described.facts
+
+    def describe_shards(self, shards: Sequence[ShardSpec]) -> list[ShardInfo]:
+        """Say what each shard will hold, without loading it. Raises ModelError."""
+        jobs = [(f"the process describing {shard_name(x)}", DescribeShard(x)) for x in shards]
+        return [described.info for described in self._ask(jobs, ShardDescribed)]
 
     def load(
         self, shards: Sequence[ShardSpec], progress: Progress | None = None
@@ -106,12 +120,17 @@ class Supervisor:
         """Start the workers of all replicas and wait until they take plans.
 
         A worker is a fork of its shard's zygote; a CUDA worker, since CUDA does not survive a fork,
-        is one of the fork server and loads its own shard.
+        is one of the fork server and loads its own shard. Raises DeviceError, ModelError.
         """
         may_spin = not _crowded([worker for spec in specs for worker in spec.workers])
-        replicas = [self._replica(spec, may_spin) for spec in specs]
-        workers = [worker for replica in replicas for worker in replica.workers]
-        ready = dict(zip(workers, self._replies(workers, Ready), strict=True))
+        before = len(self._replicas)
+        try:
+            replicas = [self._replica(spec, may_spin) for spec in specs]
+            workers = [worker for replica in replicas for worker in replica.workers]
+            ready = dict(zip(workers, self._replies(workers, Ready), strict=True))
+        except BaseException:
+            self.release(self._replicas[before:], _STATUS_WAIT_S)
+            raise
         for replica in replicas:
             replica.shards = [ready[worker].info for worker in replica.workers]
         return replicas
@@ -149,7 +168,7 @@ class Supervisor:
                 [sys.executable, "-P", "-m", "spanwise.worker.fork_server", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # stdout belongs to the user's own output
-                env=os.environ | _SINGLE_THREADED | {"PYTHONPATH": _python_path()},
+                env=os.environ | _ENVIRONMENT | {"PYTHONPATH": _python_path()},
                 pass_fds=fds,
                 start_new_session=True,
             )
@@ -173,13 +192,36 @@ class Supervisor:
     def _replica(self, spec: ReplicaSpec, may_spin: bool) -> Replica:
         replica = Replica(spec, self.explain)
         self._replicas.append(replica)
+        store_port = self._serve_store(replica) if spec.has_own_cards else 0
         for worker, arena_bytes in zip(spec.workers, spec.arena_bytes, strict=True):
             on_cuda = worker.device.kind == "cuda"
             forker = self._server if on_cuda else self._zygotes[worker.shard]
-            fds = (replica.segment_fd, replica.new_arena(arena_bytes))
-            job = RunWorker(worker, arena_bytes, may_spin)
+            fds = (replica.segment_fd, replica.new_arena(0 if on_cuda else arena_bytes))
+            told = msgspec.structs.replace(worker, store_port=store_port)
+            job = RunWorker(told, arena_bytes, may_spin)
             replica.workers.append(self._fork(forker, worker_name(worker), job, fds))
         return replica
+
+    def _serve_store(self, replica: Replica) -> int:
+        """Start the replica's store and give its port."""
+        with listen_on_loopback() as listener:
+            name, fds = "the store of NCCL", (listener.fileno(),)
+            replica.store = self._fork(self._server, name, ServeStore(), fds)
+            port: int = listener.getsockname()[1]
+        self._replies([replica.store], Serving)
+        return port
+
+    def _ask(self, jobs: Sequence[tuple[str, Job]], expected: type[AnswerType]) -> list[AnswerType]:
+        """Have children (what errors call them, what they do) that answer and end; all at once."""
+        children: list[Process] = []
+        try:
+            for name, job in jobs:
+                children.append(self._fork(self._server, name, job))
+            return self._replies(children, expected)
+        finally:
+            end(children, _STATUS_WAIT_S)
+            for child in children:
+                child.close()
 
     def _fork(
         self, forker: ForkingProcess, name: str, job: Job, fds: Sequence[int] = ()
@@ -192,11 +234,11 @@ class Supervisor:
     def _replies(
         self,
         processes: Sequence[Process],
-        expected: type[ReplyType],
+        expected: type[AnswerType],
         progress: Progress | None = None,
-    ) -> list[ReplyType]:
+    ) -> list[AnswerType]:
         """Wait for one reply of each process; in the processes' order."""
-        replies: dict[Process, ReplyType] = {}
+        replies: dict[Process, AnswerType] = {}
         with selectors.DefaultSelector() as selector:
             for process in processes:
                 selector.register(process.channel, selectors.EVENT_READ, process)
@@ -208,7 +250,7 @@ class Supervisor:
                         progress(len(replies), len(processes))
         return [replies[process] for process in processes]
 
-    def _reply(self, process: Process, expected: type[ReplyType]) -> ReplyType:
+    def _reply(self, process: Process, expected: type[AnswerType]) -> AnswerType:
         try:
             reply = next_reply(process)
         except ChannelClosed as error:
@@ -235,13 +277,16 @@ class Supervisor:
         yield from self._zygotes.values()
         for replica in self._replicas:
             yield from replica.workers
+            if replica.store is not None:
+                yield replica.store
 
 
 def _crowded(workers: Sequence[WorkerSpec]) -> bool:
-    """Whether CPU workers compute with more threads than they have cores to run on."""
-    devices = [worker.device for worker in workers if worker.device.kind == "cpu"]
-    cores = {core for device in devices for core in device.cores}
-    return bool(cores) and sum(device.threads for device in devices) > len(cores)
+    """Whether workers compute with more threads than they have cores to run on."""
+    cores: set[int] = set()
+    for worker in workers:  # one that names no cores may run anywhere
+        cores |= set(worker.device.cores) or os.sched_getaffinity(0)
+    return sum(worker.device.threads for worker in workers) > len(cores)
 
 
 def _python_path() -> str:
