@@ -63,14 +63,21 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMod
         raise ModelError(
             f"{config.model_type} does not use the attention interface; not supported yet"
         ) from error
-    except (ValueError, TypeError, AttributeError, RuntimeError, ImportError) as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        ImportError,
+        AssertionError,
+    ) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ModelError(f"{config.model_type} cannot be built: {reason}") from error
     for part in _configs(model):
         part._experts_implementation = seams.EXPERTS
-        # Only used to warn about padding, by looking at the data of every step. Past the config's
-        # own check, which may want a number.
-        part.__dict__["pad_token_id"] = None
+    # Only used to warn about padding, by looking at the data of every step. Past the config's own
+    # check, which may want a number.
+    model.config.__dict__["pad_token_id"] = None
     model.eval()
     model.requires_grad_(False)
     return model

@@ -9,7 +9,7 @@ not understood stays whole on every rank: more memory, the same tokens; it is na
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -279,7 +279,7 @@ class _AttentionPlan:
         elif is_linear(module):
             self._linear(name, leaf, module)
         elif own:
-            self._norm(name, leaf, own)
+            self._norm(name, leaf, module)
 
     def _parameter(self, name: str, leaf: str, tensor: torch.Tensor) -> None:
         known = leaf in tables.ATTENTION_HEAD_PARAMETERS
@@ -334,20 +334,28 @@ class _AttentionPlan:
             return self.seen.query_dim, 0, self.seen.value_dim
         return self.seen.query_dim, self.seen.cache.key_dim, self.seen.cache.value_dim
 
-    def _norm(self, name: str, leaf: str, own: Mapping[str, torch.Tensor]) -> None:
+    def _norm(self, name: str, leaf: str, module: nn.Module) -> None:
         """A norm inside the attention: over each head (kept) or over all heads (gathered)."""
         role = tables.ATTENTION_NORMS.get(leaf)
-        query_dim, key_dim, value_dim = self._dims()
-        shapes = {tuple(tensor.shape) for tensor in own.values()}
-        per_head = {"query": query_dim, "key": key_dim, "out": value_dim}
-        heads = {"query": self.seen.num_heads, "key": self.num_kv_heads, "out": self.seen.num_heads}
-        if role == "whole" or (role in per_head and shapes == {(per_head[role],)}):
+        if role == "whole":
             return
-        if role not in per_head or shapes != {(per_head[role] * heads[role],)}:
-            raise NotUnderstoodError(f"{leaf} {sorted(shapes)}")
+        own = dict(module.named_parameters(recurse=False))
+        shapes = {tuple(tensor.shape) for tensor in own.values()}
+        num_heads, dims = self.seen.num_heads, self._dims()
+        sizes = {
+            "query": (num_heads, dims[0]),
+            "key": (self.num_kv_heads, dims[1]),
+            "out": (num_heads, dims[2]),
+        }
+        heads, dim = sizes.get(role or "", (0, 0))
         parts = [share.kv if role == "key" else share.query for share in self.shares]
-        dim = per_head[role]
-        self.norms[name] = [range(part.start * dim, part.stop * dim) for part in parts]
+        # With a row of weights for each head; torch's own norm would norm over all of them.
+        if heads and shapes == {(heads, dim)} and not isinstance(module, nn.LayerNorm):
+            self.parameters |= {f"{name}.{leaf}": _at(parts[self.rank]) for leaf in own}
+        elif heads and shapes == {(heads * dim,)} != {(dim,)}:
+            self.norms[name] = [range(part.start * dim, part.stop * dim) for part in parts]
+        elif not heads or shapes != {(dim,)}:
+            raise NotUnderstoodError(f"{leaf} {sorted(shapes)}")
 
     def set_counts(self, module: nn.Module) -> None:
         """Let the module's own counts, and its view of the config, be those of the share."""

@@ -113,7 +113,10 @@ class _Recorder(seams.CacheShape):
         options: dict[str, Any],
     ) -> torch.Tensor:
         if self.current is None:
-            raise ModelError(f"{type(module).__name__} attends without storing keys and values")
+            raise ModelError(
+                f"{type(module).__name__} attends without storing keys and values (a cache shared "
+                "between layers, or two attentions over one); not supported yet"
+            )
         stored_key, stored_value = self.updates[self.current]
         _check_options(module, options)
         kept = key is stored_key and value is stored_value
@@ -127,7 +130,10 @@ class _Recorder(seams.CacheShape):
             window=window,
         )
         if self.current != len(self.attention):
-            raise ModelError(f"{type(module).__name__} runs out of the layers' order")
+            raise ModelError(
+                f"{type(module).__name__} is not every layer's attention: others keep another kind "
+                "of state, or none; not supported yet"
+            )
         self.attention.append(
             AttentionSeen(
                 module,
@@ -310,11 +316,13 @@ def _find_layers(model: PreTrainedModel, result: Probe) -> None:
                 set(range(len(module)))
                 - {int(s.name[len(name) + 1 :].split(".")[0]) for s in inside}
             )
-            raise ModelError(
-                f"{type(model).__name__}: layers {without[:8]} of {len(module)} keep no attention "
-                "cache (recurrent or convolution state, or a cache shared between layers); "
-                "not supported yet"
+            what = (
+                f"layers {without[:8]} of {len(module)} keep no attention cache (recurrent or "
+                "convolution state, or a cache shared between layers)"
+                if without
+                else "its layers attend more than once a step"
             )
+            raise ModelError(f"{type(model).__name__}: {what}; not supported yet")
     raise ModelError(
         f"{type(model).__name__} does not use the attention interface; not supported yet"
     )

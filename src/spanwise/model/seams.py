@@ -121,11 +121,24 @@ def _probe_mask_seam(*args: Any, **options: Any) -> torch.Tensor:
     return _probe_mask(**options)
 
 
+_NO_STATE = (
+    "a layer keeps convolution, recurrent or indexer state, which is not supported yet; "
+    "use a model whose every layer is attention"
+)
+
+
+class _NoLayers(list[Any]):
+    """The layers of a cache that shows none: who reaches for one wants more than attention."""
+
+    def __getitem__(self, _: object) -> NoReturn:
+        raise ModelError(_NO_STATE)
+
+
 class CacheShape(Cache):
     """What a transformers model may ask of a cache whose sequences it does not know."""
 
     def __init__(self) -> None:
-        self.layers = []
+        self.layers = _NoLayers()
         self.layer_class_to_replicate = None
         self.offloading = False
 
@@ -142,10 +155,7 @@ class CacheShape(Cache):
         return 0
 
     def _no_state(self, *_: Any, **__: Any) -> NoReturn:
-        raise ModelError(
-            "a layer keeps convolution, recurrent or indexer state, which is not supported yet; "
-            "use a model whose every layer is attention"
-        )
+        raise ModelError(_NO_STATE)
 
     get_conv_state = update_conv_state = _no_state
     get_recurrent_state = update_recurrent_state = _no_state
