@@ -42,3 +42,11 @@ class CommunicationError(EngineError):
 
 class WaitInterruptedError(CommunicationError):
     """A blocking wait was broken on purpose, by an epoch change or by shutdown."""
+
+
+def reason(error: BaseException) -> str:
+    """What a foreign error says, in one short line that starts with its kind where that helps."""
+    said = " ".join(str(error).split())[:200]
+    if said and isinstance(error, ValueError | OSError):
+        return said
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__

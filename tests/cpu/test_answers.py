@@ -12,6 +12,7 @@ from tests.support.replica import Replica
 from tests.support.tiny_models import prompts, save_tiny_model
 
 from spanwise import LLM, SamplingParams
+from spanwise.errors import EngineError
 from spanwise.scheduler.request import SequenceRequest
 from spanwise.types.sampling import SamplingSpec
 
@@ -127,3 +128,16 @@ def test_streaming_grows_and_ends_like_the_whole(tiny: LLM) -> None:
     assert seen[-1].finished and not seen[0].finished
     (whole,) = tiny.generate("class Node:\n", params)
     assert whole.outputs == seen[-1].outputs
+
+
+def test_an_interrupted_step_ends_the_engine_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    with LLM("spanwise/tiny-dense", dtype="float32", max_model_len=64) as llm:
+
+        def interrupted() -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(llm._engine, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate("def main(")
+        with pytest.raises(EngineError, match="shut down"):
+            llm.generate("def main(")

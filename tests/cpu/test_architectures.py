@@ -152,6 +152,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "vision_config": VISION,
         "audio_config": None,
     },
+    "gemma4:inputs per layer": {
+        "text_config": {**WIDE_HEADS, "use_bidirectional_attention": "vision"},
+        "vision_config": VISION,
+        "audio_config": None,
+    },
     "gemma4_text": WIDE_HEADS,
     "gemma4_text:plain layers": {**WIDE_HEADS, "hidden_size_per_layer_input": 0},
     "gemma4_text:experts": {
@@ -279,8 +284,21 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
     "youtu": MLA,
 }
+MIXTURES = {
+    "afmoe", "aria_text", "axk1", "beam", "cohere2_moe", "deepseek_v2",
+    "deepseek_v2:no query latent", "deepseek_v3", "dots1",
+    "ernie4_5_moe", "exaone_moe", "flex_olmo", "flint", "gemma4_text:experts", "glm4_moe",
+    "glm4_moe_lite", "gpt_oss", "granitemoe", "granitemoe_swa", "granitemoeshared",
+    "hunyuan_v1_moe", "hy_v3", "kolibri1", "laguna", "mellum", "mimo_v2_flash", "minimax_m2",
+    "minimax_m3_vl_text", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "solar_open",
+}  # fmt: skip
 # Not cut into stages, by part of the reason; they run on one.
-ONE_STAGE = {"beam": "attention_scaling", "gemma3n_text": "second", "gemma4_text": "second"}
+ONE_STAGE = {
+    "beam": "attention_scaling",
+    "gemma3n_text": "second",
+    "gemma4_text": "second",
+    "gemma4:inputs per layer": "second",
+}
 # What stays whole under tensor parallelism.
 WHOLE = {
     "bert": "attention.self",
@@ -367,10 +385,14 @@ def saved(name: str, folder: Path) -> Reference:
 
 
 @pytest.mark.parametrize(
-    "layout",
-    [pytest.param(name, marks=() if name == QUICK else pytest.mark.full) for name in LAYOUTS],
+    ("name", "layout"),
+    [
+        pytest.param(name, layout, marks=() if layout == QUICK else pytest.mark.full)
+        for name in ARCHITECTURES
+        for layout, (*_, whole_experts) in LAYOUTS.items()
+        if is_known(name) and (name in MIXTURES or not whole_experts)
+    ],
 )
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if is_known(name)])
 def test_the_tokens_of_transformers(name: str, layout: str, tmp_path: Path) -> None:
     pp, tp, whole_experts = LAYOUTS[layout]
     right = saved(name, tmp_path)
@@ -382,9 +404,9 @@ def test_the_tokens_of_transformers(name: str, layout: str, tmp_path: Path) -> N
     )
     assert tokens == right.tokens
     assert worst_difference(tokens, logprobs, right) < LOGIT_TOLERANCE
-    assert (ONE_STAGE.get(name, "") in replica.facts.pipeline_refusal) and (
-        bool(replica.facts.pipeline_refusal) == (name in ONE_STAGE)
-    )
+    assert ONE_STAGE.get(name, "") in replica.facts.pipeline_refusal
+    assert bool(replica.facts.pipeline_refusal) == (name in ONE_STAGE)
+    assert bool(replica.facts.num_experts) == (name in MIXTURES)
     left_whole = [part for shard in replica.shards for part in shard.cut.replicated]
     assert all(name in WHOLE and WHOLE[name] in part for part in left_whole)
 

@@ -103,3 +103,33 @@ def test_the_three_kinds_of_prompt(tokenizer: Tokenizer) -> None:
     assert read_prompt({"prompt_token_ids": [5, 6]}, tokenizer) == (None, [5, 6])
     text, ids = read_prompt({"messages": [{"role": "user", "content": "hi"}]}, tokenizer)
     assert text is None and len(ids) > 3
+
+
+class Bytes:
+    """A tokenizer whose tokens are given byte strings."""
+
+    exists = True
+
+    def __init__(self, *tokens: bytes) -> None:
+        self.tokens = tokens
+
+    def decode(self, token_ids: list[int], _: bool) -> str:
+        return b"".join(self.tokens[i] for i in token_ids).decode(errors="replace")
+
+
+def test_a_stop_string_before_half_a_character_is_seen_at_once() -> None:
+    tokenizer = Bytes(b"ab", b"END\xe4", b"x")
+    detokenizer = Detokenizer(tokenizer, True, ("END",), 0)  # type: ignore[arg-type]
+    assert detokenizer.add([0, 1, 2]) == "END"
+    assert (detokenizer.text, detokenizer.num_tokens) == ("ab", 2)
+
+
+def test_bytes_that_never_become_a_character_are_not_held_for_ever() -> None:
+    detokenizer = Detokenizer(Bytes(b"a", b"\xff"), True, (), 0)  # type: ignore[arg-type]
+    detokenizer.add([0, *[1] * 20])
+    assert len(detokenizer.text) >= 17
+
+
+def test_half_a_surrogate_pair_is_no_prompt(tokenizer: Tokenizer) -> None:
+    with pytest.raises(InputError, match="surrogate"):
+        read_prompt("a\ud800b", tokenizer)

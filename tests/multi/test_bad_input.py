@@ -68,6 +68,12 @@ def test_a_prompt_up_to_the_limit_ends_for_its_length(llm: LLM) -> None:
     assert len(output.outputs[0].token_ids) == 1
 
 
+def test_arguments_of_the_wrong_kind(llm: LLM) -> None:
+    assert "5" in refusal(InputError, llm.generate, 5)
+    prompt = {"prompt_token_ids": [5]}
+    assert "dict" in refusal(InputError, llm.generate, prompt, {"max_tokens": 3})
+
+
 def test_as_many_parameters_as_prompts(llm: LLM) -> None:
     prompts = [{"prompt_token_ids": [5]}] * 3
     assert "3 prompts" in refusal(InputError, llm.generate, prompts, [SamplingParams()] * 2)
@@ -107,7 +113,15 @@ def broken(folder: Path, copy: Path, **changes: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"num_hidden_layers": 3}, {"num_hidden_layers": 6}, {"hidden_size": 56}], ids=str
+    "changes",
+    [
+        {"text_config": "x"},
+        {"num_attention_heads": 0},
+        {"num_hidden_layers": 3},
+        {"num_hidden_layers": 6},
+        {"hidden_size": 56},
+    ],
+    ids=str,
 )
 def test_a_config_that_disagrees_with_the_weights(
     changes: dict[str, Any], folder: Path, tmp_path: Path, supervisor: Supervisor
@@ -115,7 +129,7 @@ def test_a_config_that_disagrees_with_the_weights(
     before = set(supervisor.pids())
     copy = broken(folder, tmp_path / "copy", **changes)
     said = refusal(ModelError, LLM, str(copy), tensor_parallel_size=2, supervisor=supervisor)
-    assert "model.safetensors" in said or "layers" in said
+    assert any(word in said for word in ("safetensors", "layers", "config.json", "built"))
     assert set(supervisor.pids()) <= before
 
 
@@ -125,6 +139,18 @@ def test_a_truncated_file(folder: Path, tmp_path: Path, supervisor: Supervisor) 
     weights.write_bytes(weights.read_bytes()[:-100])
     said = refusal(ModelError, LLM, str(copy), pipeline_parallel_size=2, supervisor=supervisor)
     assert "model.safetensors" in said
+
+
+@pytest.mark.parametrize("tokenizer", ["{", '{"model": {"type": "Zzz"}}'])
+def test_a_broken_tokenizer_is_said_at_the_start(
+    tokenizer: str, folder: Path, tmp_path: Path, supervisor: Supervisor
+) -> None:
+    before = set(supervisor.pids())
+    copy = broken(folder, tmp_path / "copy")
+    (copy / "tokenizer.json").write_text(tokenizer)
+    said = refusal(ModelError, LLM, str(copy), tensor_parallel_size=2, supervisor=supervisor)
+    assert "tokenizer" in said
+    assert set(supervisor.pids()) <= before
 
 
 def test_a_missing_folder_and_a_missing_shard(

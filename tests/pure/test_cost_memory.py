@@ -62,7 +62,7 @@ def test_no_more_than_could_ever_be_used() -> None:
 
 
 def test_too_little_memory_says_how_much_is_missing() -> None:
-    with pytest.raises(DeviceError, match=r"cpu:0 has 0 MiB .* max_model_len=64 takes") as error:
+    with pytest.raises(DeviceError, match=r"cpu:0 has 0\.1 KiB .* 64 tokens takes") as error:
         size_cache([FULL], [rank(100, FULL)], wish())
     assert "\n" not in str(error.value)
 

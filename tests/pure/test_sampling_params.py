@@ -49,9 +49,22 @@ def test_eos_of_the_config_counts_where_the_generation_config_has_none() -> None
     assert read_defaults({}, {}).eos_token_ids == ()
 
 
-def test_a_default_of_the_wrong_kind_is_the_models_fault() -> None:
+@pytest.mark.parametrize(
+    "generation",
+    [
+        {"temperature": "hot"},
+        {"temperature": -1.0},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"repetition_penalty": 0.0},
+        {"eos_token_id": 2.0},
+        {"eos_token_id": [1, "x"]},
+    ],
+    ids=str,
+)
+def test_a_default_that_cannot_be_is_the_models_fault(generation: dict[str, Any]) -> None:
     with pytest.raises(ModelError, match=r"generation_config\.json"):
-        read_defaults({"temperature": "hot"}, {})
+        read_defaults(generation, {})
 
 
 def test_ignore_eos_keeps_the_callers_stop_tokens() -> None:

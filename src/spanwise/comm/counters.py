@@ -18,7 +18,8 @@ from spanwise.comm.segment import Channel, Segment
 from spanwise.errors import CommunicationError, WaitInterruptedError
 
 DEFAULT_SPIN_S = 50e-6
-DEFAULT_TIMEOUT_S = 300.0
+# Only a last resort: who dies is noticed by the supervisor at once, and a step may take long.
+DEFAULT_TIMEOUT_S = 3600.0
 
 # An interruption may fall between a sleeper's last look and its sleep: it looks again this often.
 _SLEEP_S = 0.05
@@ -114,5 +115,5 @@ class Counters:
         if monotonic() >= deadline:
             raise CommunicationError(
                 f"{place} waited {self._timeout_s:g} s for {self._names[other]}, which has done "
-                f"{seen}; that worker hangs or is gone: see its log, or allow more time"
+                f"{seen}; that worker hangs or is gone; see what it wrote to stderr"
             )

@@ -84,8 +84,8 @@ def size_cache(
     if short is not None:
         need = arena_bytes(short.layer_caches, short.value_bytes, layout(least))
         raise DeviceError(
-            f"{short.name} has {short.available_bytes / 2**20:,.0f} MiB for the KV cache, but one "
-            f"sequence of max_model_len={wish.max_model_len} takes {need / 2**20:,.0f} MiB; lower "
+            f"{short.name} has {_size(short.available_bytes)} for its part of the KV cache, but a "
+            f"sequence of {wish.max_model_len} tokens takes {_size(need)} there; lower "
             "--max-model-len, raise --kv-cache-memory, or use more devices"
         )
     low, high = least, least * wish.max_num_seqs
@@ -93,6 +93,11 @@ def size_cache(
         middle = (low + high + 1) // 2
         low, high = (low, middle - 1) if fits(middle) else (middle, high)
     return layout(low)
+
+
+def _size(num_bytes: int) -> str:
+    unit, name = (2**20, "MiB") if num_bytes >= 2**20 else (2**10, "KiB")
+    return f"{num_bytes / unit:,.1f} {name}"
 
 
 def _group_blocks(layers: tuple[int, ...], window: int, full_blocks: int, wish: CacheWish) -> int:

@@ -40,6 +40,8 @@ class Choice:
         if update.finish_reason is not None:
             self.finish_reason, self.stop_reason = update.finish_reason, update.stop_reason
             self.detokenizer.finish()
+            if self.detokenizer.stopped_by is not None:
+                self.finish_reason, self.stop_reason = "stop", self.detokenizer.stopped_by
         return False
 
     def output(self, wants_logprobs: bool) -> CompletionOutput:

@@ -8,6 +8,8 @@ from spanwise.engine.tokenizer import Tokenizer
 
 # What an incomplete UTF-8 sequence decodes to.
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# Tokens held back at most: a character has 4 bytes, so one of a byte each is complete by then.
+_MOST_HELD = 4
 # Tokens decoded before the new ones, so that a word's leading space is seen.
 _CONTEXT = 6
 
@@ -52,27 +54,30 @@ class Detokenizer:
         begin = max(0, self._shown - _CONTEXT)
         before = self._decode(self._token_ids[begin : self._shown])
         after = self._decode(self._token_ids[begin:])
-        if after.endswith(_REPLACEMENT) and not final:
-            return
         if not after.startswith(before):
             # The tokenizer reads the new tokens together with the old: decode from the start.
             before, after = self.text, self._decode(self._token_ids)
-        checked = len(self.text)
-        self.text += after[len(before) :]
+        checked, new = len(self.text), after[len(before) :]
+        held = len(self._token_ids) - self._shown
+        if new.endswith(_REPLACEMENT) and held < _MOST_HELD and not final:
+            # A stop string may stand before the half character already.
+            self._find_stop(self.text + new.rstrip(_REPLACEMENT), checked)
+            return
+        self.text += new
         self._shown = len(self._token_ids)
-        self._find_stop(checked)
+        self._find_stop(self.text, checked)
 
-    def _find_stop(self, checked: int) -> None:
+    def _find_stop(self, text: str, checked: int) -> None:
         if len(self._token_ids) < self._min_tokens:
             return
         found = []
         for stop in self._stop:
-            at = self.text.find(stop, max(0, checked - len(stop) + 1))
+            at = text.find(stop, max(0, checked - len(stop) + 1))
             if at >= 0:
                 found.append((at, stop))
         if found:
             at, self.stopped_by = min(found)
-            self.text = self.text[:at]
+            self.text = text[:at]
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(token_ids, self._skip) if token_ids else ""

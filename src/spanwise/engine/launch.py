@@ -20,6 +20,7 @@ from spanwise.scheduler.scheduler import Scheduler
 from spanwise.types.cache import CacheLayout
 from spanwise.types.model import ModelFacts
 from spanwise.types.worker import DeviceSpec, RankPlace, ShardInfo, ShardSpec, WorkerSpec
+from spanwise.worker.entries import LoadedShard
 from spanwise.worker.executor import Executor
 from spanwise.worker.in_process import InProcessExecutor, load_in_process
 from spanwise.worker.local import LocalProcessExecutor
@@ -76,11 +77,16 @@ class Started:
 
 
 def launch(
-    config: EngineConfig, folder: Path, progress: Progress, shared: Supervisor | None = None
+    config: EngineConfig,
+    folder: Path,
+    progress: Progress,
+    shared: Supervisor | None = None,
+    beside: Callable[[], None] = lambda: None,
 ) -> Started:
     """Start everything. On failure nothing is left running. Raises InputError or EngineError.
 
     ``shared``: a supervisor whose fork server and weights other engines use too; it stays.
+    ``beside`` is called when the start has become the work of other processes.
     """
     wanted = config.layout.degrees(1)
     devices = parse_devices(config.devices, wanted.dp * wanted.pp * wanted.tp)
@@ -90,6 +96,7 @@ def launch(
         return _Launch(config, folder, devices, progress, None).run()
     start = _Launch(config, folder, devices, progress, shared or Supervisor(), shared is None)
     try:
+        beside()
         return start.run()
     except BaseException:
         start.close()
@@ -115,6 +122,7 @@ class _Launch:
         self.loaded: list[ShardSpec] = []
         self.running: list[Replica] = []
         self.executors: list[Executor] = []
+        self._in_process: LoadedShard | None = None
 
     def run(self) -> Started:
         """Go through the start."""
@@ -144,6 +152,7 @@ class _Launch:
             self.supervisor.release(self.running)
             self.supervisor.unload(self.loaded)
         self.executors, self.running, self.loaded = [], [], []
+        self._in_process = None
 
     # -- model -----------------------------------------------------------------------------------
 
@@ -173,8 +182,8 @@ class _Launch:
         """Load every distinct shard; for cards only say what it holds, their workers load it."""
         specs = list(dict.fromkeys(self._shard(place) for place in self.layout.places))
         if self.supervisor is None:
-            self._in_process = load_in_process(specs[0])
-            infos = [self._in_process.info()]
+            shard = load_in_process(specs[0])
+            self._in_process, infos = shard, [shard.info()]
         elif self.used[0].kind == "cuda":
             infos = self.supervisor.describe_shards(specs)
         else:
@@ -205,7 +214,7 @@ class _Launch:
             return fitting, self._cache_for(fitting, ranks)
 
     def _longest_fitting(self, longest: int, ranks: Sequence[RankMemory]) -> int:
-        low, high = self.config.block_size, longest
+        low, high = min(self.config.block_size, longest), longest
         while low < high:
             middle = (low + high + 1) // 2
             try:
@@ -284,6 +293,7 @@ class _Launch:
         ]
         if self.supervisor is None:
             arena = self._arena_bytes(workers[0].shard)
+            assert self._in_process is not None
             self.executors = [InProcessExecutor(self._in_process, workers[0], arena)]
             return
         specs = []

@@ -6,7 +6,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from spanwise.engine.config import EngineConfig
 from spanwise.engine.engine import Engine
@@ -14,7 +14,7 @@ from spanwise.engine.launch import EnginePlan, launch
 from spanwise.engine.prompt import Prompt, read_prompt
 from spanwise.engine.sampling_defaults import read_defaults
 from spanwise.engine.tokenizer import Tokenizer
-from spanwise.errors import EngineError, InputError, SpanwiseError
+from spanwise.errors import EngineError, InputError
 from spanwise.layout.request import LayoutRequest
 from spanwise.model.folder import read_config, read_generation_config, resolve_model
 from spanwise.types.outputs import RequestOutput
@@ -37,6 +37,7 @@ class LLM:
         max_model_len: longest sequence in tokens; None: what the model was made for, or fits.
         max_num_seqs: sequences computed at once in a replica.
         max_step_tokens: tokens computed in one step; prompts are cut to it.
+        block_size: tokens of one block of the KV cache.
         kv_cache_memory: bytes for the KV caches of this host; None: what is free.
         progress: called with a line as the start goes on.
         supervisor: processes that several LLMs of this process share, so that each but the first
@@ -84,7 +85,9 @@ class LLM:
         folder = resolve_model(config.model)
         defaults = read_defaults(read_generation_config(folder), read_config(folder))
         self._tokenizer = Tokenizer(folder)
-        self._started = launch(config, folder, progress or (lambda _: None), supervisor)
+        self._started = launch(
+            config, folder, progress or (lambda _: None), supervisor, self._tokenizer.start
+        )
         # Also when the LLM is forgotten, or the script ends, without a shutdown.
         self._close = weakref.finalize(self, _close_in, os.getpid(), self._started.close)
         self._news: dict[int, RequestOutput] = {}
@@ -95,6 +98,11 @@ class LLM:
             self._started.facts.vocab_size,
             self.plan.max_model_len,
         )
+        try:
+            self._tokenizer.wait()
+        except BaseException:
+            self._close()
+            raise
 
     @property
     def plan(self) -> EnginePlan:
@@ -115,6 +123,8 @@ class LLM:
         ``on_output`` is called with each finished request as it comes. Raises InputError before
         anything is computed if any prompt or parameter cannot be.
         """
+        if not isinstance(prompts, str | Mapping | Sequence):
+            raise InputError(f"prompts must be a prompt or a list of them, got {prompts!r:.80}")
         many = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         wanted = _one_each(sampling_params, len(many))
         ids = self._add_all(list(zip(many, wanted, strict=True)))
@@ -186,20 +196,25 @@ class LLM:
             while going:
                 self._require_open()
                 if not (come := going & self._news.keys()):
-                    self._news.update((each.request_id, each) for each in self._engine.step())
+                    self._news.update((each.request_id, each) for each in self._step())
                 for request_id in sorted(come):
                     output = self._news.pop(request_id)
                     if output.finished:
                         going.discard(request_id)
                     yield output
-        except SpanwiseError:
-            self.shutdown()
-            raise
         finally:
             for request_id in going:
                 self._news.pop(request_id, None)
                 if self._close.alive:
                     self._engine.abort(request_id)
+
+    def _step(self) -> list[RequestOutput]:
+        """One step of the engine; whatever breaks it off leaves plans and results out of step."""
+        try:
+            return self._engine.step()
+        except BaseException:
+            self.shutdown()
+            raise
 
 
 def _close_in(pid: int, close: Callable[[], None]) -> None:
@@ -211,11 +226,12 @@ def _close_in(pid: int, close: Callable[[], None]) -> None:
 def _one_each(
     params: SamplingParams | Sequence[SamplingParams] | None, count: int
 ) -> list[SamplingParams]:
-    if params is None:
-        return [SamplingParams()] * count
-    if isinstance(params, SamplingParams):
-        return [params] * count
-    given: list[Any] = list(params)
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    given = list(params) if isinstance(params, Sequence) else [params]
+    wrong = [each for each in given if not isinstance(each, SamplingParams)]
+    if wrong:
+        raise InputError(f"sampling_params must be SamplingParams, got {type(wrong[0]).__name__}")
     if len(given) != count:
         raise InputError(
             f"{count} prompts came with {len(given)} sampling_params; give one for all, or as many"

@@ -28,18 +28,20 @@ def read_defaults(generation: Mapping[str, Any], config: Mapping[str, Any]) -> S
     eos = generation.get("eos_token_id")
     if eos is None:
         eos = config.get("eos_token_id")
-    ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
     given = {
         name: generation[name]
         for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         if generation.get(name) is not None
     }
     try:
-        return msgspec.convert({"eos_token_ids": ids, **given}, SamplingDefaults)
-    except msgspec.ValidationError as error:
-        raise ModelError(
-            f"generation_config.json has a value of the wrong kind: {error}"
-        ) from error
+        SamplingParams(stop_token_ids=_ids(eos), **given)
+    except InputError as error:
+        raise ModelError(f"generation_config.json: {error}; mend that file") from error
+    return SamplingDefaults(eos_token_ids=_ids(eos), **given)
+
+
+def _ids(eos: Any) -> tuple[Any, ...]:
+    return () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
 
 
 def resolve_sampling(

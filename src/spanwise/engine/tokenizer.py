@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from spanwise.errors import InputError, ModelError
+from spanwise.errors import InputError, ModelError, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,12 +39,26 @@ class Tokenizer:
         self._loaded: PreTrainedTokenizerBase | None = None
         self._error: ModelError | None = None
         self.exists = any((folder / name).is_file() for name in _FILES)
-        self._thread = threading.Thread(target=self._load, name="tokenizer", daemon=True)
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Load beside what the caller does next.
+
+        Not beside anything else that imports transformers: its lazy modules do not survive imports
+        from two threads. Without this, the first use loads.
+        """
         if self.exists:
+            self._thread = threading.Thread(target=self._load, name="tokenizer", daemon=True)
             self._thread.start()
+
+    def wait(self) -> None:
+        """Return when the tokenizer is loaded, at once where there is none. Raises ModelError."""
+        if self.exists:
+            self._tokenizer()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, special tokens added as the tokenizer's own settings say."""
+        _check_text(text)
         ids: list[int] = self._tokenizer()(text)["input_ids"]
         return ids
 
@@ -58,8 +72,9 @@ class Tokenizer:
                 list(messages), tokenize=False, add_generation_prompt=True
             )
         except Exception as error:  # a template may raise anything; what it says is for the user
-            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-            raise InputError(f"the chat template refuses the messages: {reason}") from error
+            raise InputError(f"the chat template refuses the messages: {reason(error)}") from error
+        assert isinstance(text, str)
+        _check_text(text)
         ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
@@ -79,20 +94,34 @@ class Tokenizer:
         loader = _loader(self._folder)
         try:
             self._loaded = loader.from_pretrained(str(self._folder), local_files_only=True)
-        except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
-            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-            self._error = ModelError(f"the tokenizer in {self._folder} cannot be loaded: {reason}")
+        except Exception as error:  # the tokenizers library raises plain ones; raised on use
+            self._error = ModelError(
+                f"the tokenizer in {self._folder} cannot be loaded: {reason(error)}"
+            )
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         if not self.exists:
             raise InputError(
                 "the model folder has no tokenizer; give prompt_token_ids instead of text"
             )
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
+        elif self._loaded is None and self._error is None:
+            self._load()
         if self._error is not None:
             raise self._error
         assert self._loaded is not None
         return self._loaded
+
+
+def _check_text(text: str) -> None:
+    """Half of a surrogate pair is no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the prompt has half a surrogate pair at character {error.start}; give valid Unicode"
+        ) from error
 
 
 def _loader(folder: Path) -> Any:

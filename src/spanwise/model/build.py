@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from spanwise.errors import ModelError
+from spanwise.errors import ModelError, reason
 from spanwise.model import seams
 from spanwise.model.folder import read_config
 
@@ -21,10 +21,9 @@ def read_model_config(folder: str | Path) -> PretrainedConfig:
     raw = read_config(Path(folder))
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(str(folder), local_files_only=True)
-    except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+    except Exception as error:  # config classes check what they like, and raise what they like
         raise ModelError(
-            f"config.json of model_type {raw.get('model_type')!r} cannot be used: {reason}"
+            f"config.json of model_type {raw.get('model_type')!r} cannot be used: {reason(error)}"
         ) from error
     return config
 

@@ -73,7 +73,8 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 def _refuse_quantized(config: dict[str, Any]) -> None:
     for part in (config, config.get("text_config")):
-        found = next((part[key] for key in _QUANTIZED if part.get(key)), None) if part else None
+        keys = part if isinstance(part, dict) else {}
+        found = next((keys[key] for key in _QUANTIZED if keys.get(key)), None)
         if found is not None:
             method = found.get("quant_method", "unnamed") if isinstance(found, dict) else "unnamed"
             raise ModelError(

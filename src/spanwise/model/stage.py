@@ -46,20 +46,11 @@ class _PassLayer(nn.Module):
 
 
 class _Absent(nn.Module):
-    """Stands for a module around the layers: zeros of its output's shape, and of its weight's."""
+    """Stands for a module around the layers: zeros of its output's shape."""
 
-    def __init__(
-        self, module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, context: ShardContext
-    ) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, context: ShardContext) -> None:
         super().__init__()
         self.shape, self.dtype, self.context = shape, dtype, context
-        self.weight_shape = tuple(getattr(module, "weight", torch.empty(0)).shape)
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """Zeros without memory, for a forward that also looks into the module."""
-        zero = torch.zeros((), dtype=self.dtype, device=self.context.step.token_ids.device)
-        return zero.expand(self.weight_shape)
 
     def forward(self, *_: Any, **__: Any) -> torch.Tensor:
         """Zeros for the tokens of the step."""
@@ -116,6 +107,5 @@ def _remove(model: PreTrainedModel, names: list[str], probe: Probe, context: Sha
     dtype = model.dtype
     for name in names:
         owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(name)
-        absent = _Absent(module, probe.output_shapes[name], dtype, context)
+        absent = _Absent(probe.output_shapes[name], dtype, context)
         setattr(model.get_submodule(owner), leaf, absent)

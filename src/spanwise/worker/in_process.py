@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import mmap
 import os
 from collections import deque
@@ -76,6 +77,9 @@ class InProcessExecutor:
         """Let the runner and the cache go."""
         if self._runner is not None:
             self._runner = None
+            # A model's parts hold one another: without this, weights and cache would stay until
+            # something else asks for a collection.
+            gc.collect()
             os.close(self._wake_read)
             os.close(self._wake_write)
 

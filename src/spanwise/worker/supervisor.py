@@ -95,8 +95,8 @@ class Supervisor:
         ``progress(loaded, wanted)`` is called as they come. Raises ModelError.
         """
         fresh = [spec for spec in dict.fromkeys(shards) if spec not in self._zygotes]
-        zygotes = [self._zygote(spec) for spec in fresh]
         try:
+            zygotes = [self._zygote(spec) for spec in fresh]
             replies = self._replies(zygotes, Loaded, progress)
         except BaseException:
             self._end_zygotes(fresh)
