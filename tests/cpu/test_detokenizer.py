@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -128,6 +129,17 @@ def test_bytes_that_never_become_a_character_are_not_held_for_ever() -> None:
     detokenizer = Detokenizer(Bytes(b"a", b"\xff"), True, (), 0)  # type: ignore[arg-type]
     detokenizer.add([0, *[1] * 20])
     assert len(detokenizer.text) >= 17
+
+
+def test_tokens_that_each_end_in_half_a_character_lose_none() -> None:
+    text = "日本語日本語日本語"
+    raw = text.encode()
+    cuts = [0, *range(1, len(raw), 3), len(raw)]
+    tokens = [raw[a:b] for a, b in itertools.pairwise(cuts)]
+    detokenizer = Detokenizer(Bytes(*tokens), True, (), 0)  # type: ignore[arg-type]
+    detokenizer.add(range(len(tokens)))
+    detokenizer.finish()
+    assert detokenizer.text == text
 
 
 def test_half_a_surrogate_pair_is_no_prompt(tokenizer: Tokenizer) -> None:

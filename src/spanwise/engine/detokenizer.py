@@ -8,8 +8,8 @@ from spanwise.engine.tokenizer import Tokenizer
 
 # What an incomplete UTF-8 sequence decodes to.
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-# Tokens held back at most: a character has 4 bytes, so one of a byte each is complete by then.
-_MOST_HELD = 4
+# A character misses at most its last 3 bytes; a longer run of replacements is no beginning of one.
+_LONGEST_PENDING = 3
 # Tokens decoded before the new ones, so that a word's leading space is seen.
 _CONTEXT = 6
 
@@ -58,10 +58,10 @@ class Detokenizer:
             # The tokenizer reads the new tokens together with the old: decode from the start.
             before, after = self.text, self._decode(self._token_ids)
         checked, new = len(self.text), after[len(before) :]
-        held = len(self._token_ids) - self._shown
-        if new.endswith(_REPLACEMENT) and held < _MOST_HELD and not final:
+        whole = new.rstrip(_REPLACEMENT)
+        if 0 < len(new) - len(whole) <= _LONGEST_PENDING and not final:
             # A stop string may stand before the half character already.
-            self._find_stop(self.text + new.rstrip(_REPLACEMENT), checked)
+            self._find_stop(self.text + whole, checked)
             return
         self.text += new
         self._shown = len(self._token_ids)
