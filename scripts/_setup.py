@@ -3,6 +3,8 @@
 Called by the entry points, under the machine's own Python; uses the standard library only. A stamp
 in .venv says what it was made from, so an unchanged tree costs nothing. Safe when two run at once
 (one waits) and after a run that was killed (what it left half-made is made again).
+
+With --lowest it is .venv-lowest, which holds the lowest versions that the package supports.
 """
 
 from __future__ import annotations
@@ -16,9 +18,12 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-VENV = ROOT / ".venv"
+LOWEST = sys.argv[1:] == ["--lowest"]
+VENV = ROOT / (".venv-lowest" if LOWEST else ".venv")
 PYTHON = VENV / "bin" / "python"
-CONSTRAINTS = ROOT / "scripts" / "constraints.txt"
+CONSTRAINTS = [ROOT / "scripts" / "constraints.txt"]
+if LOWEST:
+    CONSTRAINTS.append(ROOT / "scripts" / "constraints-lowest.txt")
 STAMP = VENV / "spanwise-stamp"
 UNFINISHED = VENV / "spanwise-unfinished"  # is there while pip writes, so it survives a kill
 LOWEST_PYTHON = (3, 11)
@@ -33,7 +38,7 @@ def main() -> None:
     wanted = stamp()
     if is_ready(wanted):
         return
-    with CONSTRAINTS.open() as lock:  # outside .venv, which may be made anew
+    with CONSTRAINTS[-1].open() as lock:  # outside .venv, which may be made anew
         wait_for_lock(lock.fileno())
         if not is_ready(wanted):
             make_ready(wanted, lock.fileno())
@@ -41,7 +46,8 @@ def main() -> None:
 
 def stamp() -> str:
     """A digest of all that .venv depends on. The root is part: an editable install points at it."""
-    parts = [(ROOT / "pyproject.toml").read_text(), CONSTRAINTS.read_text(), version(), str(ROOT)]
+    texts = [path.read_text() for path in (ROOT / "pyproject.toml", *CONSTRAINTS)]
+    parts = [*texts, version(), str(ROOT)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
@@ -60,7 +66,7 @@ def wait_for_lock(lock: int) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        say("another run is preparing .venv; waiting for it")
+        say(f"another run is preparing {VENV.name}; waiting for it")
         fcntl.flock(lock, fcntl.LOCK_EX)
 
 
@@ -71,13 +77,15 @@ def make_ready(wanted: str, lock: int) -> None:
         create()
     STAMP.unlink(missing_ok=True)
     UNFINISHED.touch()
-    say("installing spanwise and its tools into .venv; this takes some minutes the first time")
+    say(
+        f"installing spanwise and its tools into {VENV.name}; this takes some minutes the first time"
+    )
     returncode = install(lock)
     UNFINISHED.unlink()
     if returncode != 0:
         fail(f"pip could not install (exit code {returncode}); its reason stands above")
     STAMP.write_text(wanted)
-    say(f".venv is ready after {time.monotonic() - started:.0f} s")
+    say(f"{VENV.name} is ready after {time.monotonic() - started:.0f} s")
 
 
 def is_whole() -> bool:
@@ -91,7 +99,7 @@ def is_whole() -> bool:
 
 def create() -> None:
     """Make an empty .venv, in place of whatever is there."""
-    say(f"making .venv with Python {version()}")
+    say(f"making {VENV.name} with Python {version()}")
     try:
         venv.create(VENV, clear=True, symlinks=True, with_pip=True)
     except subprocess.CalledProcessError:
@@ -103,7 +111,8 @@ def install(lock: int) -> int:
 
     pip inherits the lock: should this process be killed, the next one still waits for pip.
     """
-    command = [str(PYTHON), *PIP_INSTALL, "-c", str(CONSTRAINTS), "-e", ".[dev]"]
+    constraints = [word for path in CONSTRAINTS for word in ("-c", str(path))]
+    command = [str(PYTHON), *PIP_INSTALL, *constraints, "-e", ".[dev]"]
     started = time.monotonic()
     with subprocess.Popen(command, cwd=ROOT, pass_fds=[lock]) as pip:
         while True:

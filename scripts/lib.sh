@@ -9,7 +9,9 @@ export PYTHONNOUSERSITE=1
 
 PY="$PWD/.venv/bin/python"
 
-# prepare: make .venv, and install what is missing. $PYTHON names another interpreter than python3.
+# prepare [--lowest]: make .venv (or .venv-lowest), and install what is missing.
+# $PYTHON names another interpreter than python3.
 prepare() {
-    "${PYTHON:-python3}" scripts/_setup.py
+    "${PYTHON:-python3}" scripts/_setup.py "$@"
+    if [[ ${1-} == --lowest ]]; then PY="$PWD/.venv-lowest/bin/python"; fi
 }
