@@ -77,9 +77,7 @@ def make_ready(wanted: str, lock: int) -> None:
         create()
     STAMP.unlink(missing_ok=True)
     UNFINISHED.touch()
-    say(
-        f"installing spanwise and its tools into {VENV.name}; this takes some minutes the first time"
-    )
+    say(f"installing spanwise and its tools into {VENV.name}; this takes minutes the first time")
     returncode = install(lock)
     UNFINISHED.unlink()
     if returncode != 0:
