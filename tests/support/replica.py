@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
+from tests.support.shards import shard_specs
 
 from spanwise.comm.segment import SegmentLayout, create_segment
 from spanwise.comm.shared_memory import open_rank_comm
 from spanwise.cost.memory import CacheWish, RankMemory, arena_bytes, size_cache
-from spanwise.layout.split import split_evenly
 from spanwise.model.facts import describe
 from spanwise.model.shard import Shard, load_shard
 from spanwise.runner.runner import Runner
@@ -21,7 +21,7 @@ from spanwise.scheduler.scheduler import Scheduler
 from spanwise.types.model import ModelFacts
 from spanwise.types.plan import StepPlan, StepResult, TokenLogprobs
 from spanwise.types.sampling import SamplingSpec
-from spanwise.types.worker import DeviceSpec, RankPlace, ShardSpec, WorkerSpec
+from spanwise.types.worker import DeviceSpec, RankPlace, WorkerSpec
 
 MAX_LEN = 96
 
@@ -44,23 +44,7 @@ class Replica:
         facts: Callable[[ModelFacts], ModelFacts] = lambda given: given,
     ) -> None:
         self.facts = facts(describe(str(folder), "float32"))
-        stages = split_evenly(self.facts.num_layers, pp)
-        specs = [
-            ShardSpec(
-                folder=str(folder),
-                dtype="float32",
-                first_layer=stages[stage].start,
-                end_layer=stages[stage].stop,
-                num_layers=self.facts.num_layers,
-                pp_rank=stage,
-                pp_size=pp,
-                tp_rank=rank,
-                tp_size=tp,
-                expert_parallel=expert_parallel,
-            )
-            for stage in range(pp)
-            for rank in range(tp)
-        ]
+        specs = shard_specs(folder, pp, tp, expert_parallel, self.facts.num_layers)
         self.shards = [load_shard(spec) for spec in specs]
         for shard in self.shards:
             spoil(shard)

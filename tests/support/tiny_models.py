@@ -161,11 +161,15 @@ def reference(
     model: PreTrainedModel, prompt: list[int], max_tokens: int
 ) -> tuple[list[int], torch.Tensor]:
     """Greedy tokens of ``generate`` alone, and the logits ``[tokens, vocab]`` they came from."""
+    # Where long-RoPE changes its factors, cached `generate` of transformers 5.17 drops its cache
+    # and then feeds the last token only; without a cache every version computes the whole prompt.
+    switches = getattr(model.config, "original_max_position_embeddings", None) is not None
     out = model.generate(
         torch.tensor([prompt]),
         attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
         max_new_tokens=max_tokens,
         do_sample=False,
+        use_cache=not switches,
         eos_token_id=None,
         pad_token_id=2,
         return_dict_in_generate=True,
