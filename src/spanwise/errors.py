@@ -28,6 +28,14 @@ class PlanError(ModelError):
     """A model's own parallel plan says something this version does not know."""
 
 
+class OverloadedError(SpanwiseError):
+    """There is no room for the request now; ``retry_after_s`` says when there may be."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class EngineError(SpanwiseError):
     """The engine itself failed: a worker died, a step could not run."""
 
@@ -44,9 +52,26 @@ class WaitInterruptedError(CommunicationError):
     """A blocking wait was broken on purpose, by an epoch change or by shutdown."""
 
 
-def reason(error: BaseException) -> str:
-    """What a foreign error says, in one short line that starts with its kind where that helps."""
-    said = " ".join(str(error).split())[:200]
-    if said and isinstance(error, ValueError | OSError):
+# Foreign code raises these with a sentence; others hold a key, a name, or nothing.
+_SENTENCES = (ValueError, OSError, RuntimeError, AssertionError)
+_MAX_LENGTH = 200
+
+
+def reason(error: BaseException, *, expected: bool = True) -> str:
+    """What an error says, in one line: one of ours in full, a foreign one shortened.
+
+    A foreign one is led by its kind where that helps: always where it was not ``expected``.
+    """
+    if isinstance(error, SpanwiseError):
+        return " ".join(str(error).split())
+    said = _first_line(str(error))[:_MAX_LENGTH]
+    if said and expected and isinstance(error, _SENTENCES):
         return said
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def _first_line(text: str) -> str:
+    """The first line, for below it stand hints and frames; all where it only announces them."""
+    first, _, rest = text.strip().partition("\n")
+    announces = first.rstrip().endswith(":")
+    return " ".join((first + " " + rest if announces else first).split())

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from tests.support.gloo_as_nccl import GlooAsNccl
 from tests.support.tiny_models import save_tiny_model
 
 from spanwise.comm.communicator import RankComm
@@ -99,21 +100,8 @@ def test_a_rank_starts_on_its_device_with_shard_and_arena(tmp_path: Path) -> Non
 # --- communicators
 
 
-class _Gloo(dist.ProcessGroupGloo):
-    """gloo where NCCL would be."""
-
-    class Options:
-        _timeout: Any
-
-    def __init__(self, store: Any, rank: int, size: int, options: Any) -> None:
-        super().__init__(store, rank, size, options._timeout)
-
-    def eager_connect_single_device(self, device: torch.device) -> None:
-        assert device == CPU
-
-
 def test_ranks_with_a_store_join_over_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dist, "ProcessGroupNCCL", _Gloo, raising=False)
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", GlooAsNccl, raising=False)
     listener = listen_on_loopback()
     port = listener.getsockname()[1]
     store = serve_store(listener)

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from tests.support.one_device import CARD, OneDevice, OneOfMany, WatchedLink
+from tests.support.shards import shard_specs
 from tests.support.tiny_models import FAMILIES, MIXTURES, save_tiny_model
 
 from spanwise.comm.communicator import RankComm
 from spanwise.cost.memory import CacheWish, RankMemory, arena_bytes, size_cache
 from spanwise.device.memory import allocate_arena
-from spanwise.layout.split import split_evenly
 from spanwise.model.facts import describe
 from spanwise.model.shard import Shard, load_shard
 from spanwise.runner.rows import WantedLogits
@@ -23,9 +23,8 @@ from spanwise.runner.runner import Runner
 from spanwise.types.cache import CacheLayout
 from spanwise.types.plan import LanePlan, LaneResult, NewSequence, Row, StepPlan
 from spanwise.types.sampling import SamplingSpec
-from spanwise.types.worker import DeviceSpec, RankPlace, ShardSpec, WorkerSpec
+from spanwise.types.worker import DeviceSpec, RankPlace, WorkerSpec
 
-NUM_LAYERS = 4
 NUM_TOKENS = 9
 
 
@@ -35,22 +34,6 @@ class Seen(Runner):
     def _sample(self, logits: torch.Tensor, wanted: list[WantedLogits]) -> LaneResult:
         self.logits = logits
         return LaneResult()
-
-
-def shard_spec(folder: Path, pp_rank: int, pp: int, tp: int, experts: bool) -> ShardSpec:
-    stage = split_evenly(NUM_LAYERS, pp)[pp_rank]
-    return ShardSpec(
-        folder=str(folder),
-        dtype="float32",
-        first_layer=stage.start,
-        end_layer=stage.stop,
-        num_layers=NUM_LAYERS,
-        pp_rank=pp_rank,
-        pp_size=pp,
-        tp_rank=tp // 2,
-        tp_size=tp,
-        expert_parallel=experts,
-    )
 
 
 def cache_of(shard: Shard, folder: Path) -> CacheLayout:
@@ -93,7 +76,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_a_step_stays_on_its_device(family: str, layout: str, folders: dict[str, Path]) -> None:
     pp, tp, experts = LAYOUTS[layout]
     for pp_rank in range(pp):
-        spec = shard_spec(folders[family], pp_rank, pp, tp, experts)
+        spec = shard_specs(folders[family], pp, tp, experts)[pp_rank * tp + tp // 2]
         shard = load_shard(spec, CARD)
         assert {t.device for t in (*shard.model.parameters(), *shard.model.buffers())} == {CARD}
         handed_on: list[torch.Tensor] = []
@@ -126,7 +109,7 @@ def test_a_step_stays_on_its_device(family: str, layout: str, folders: dict[str,
 
 
 def test_the_watch_sees_what_was_left_behind(folders: dict[str, Path]) -> None:
-    shard = load_shard(shard_spec(folders["llama"], 0, 1, 1, False), CARD)
+    shard = load_shard(shard_specs(folders["llama"])[0], CARD)
     norm = shard.model.get_submodule("model.norm")
     norm.weight = torch.nn.Parameter(torch.ones(48), requires_grad=False)
     with pytest.raises(AssertionError, match="tensors on"), OneDevice():

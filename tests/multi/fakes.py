@@ -103,7 +103,7 @@ class FakeRunner:
         self._arena = arena
         self._speaks = spec.shard.is_last and spec.shard.tp_rank == 0
         if spec.shard.folder == "fails-to-start":
-            raise ValueError("no such\nattention")
+            raise ValueError("no such attention\nframe 0")
 
     def execute(self, plan: StepPlan) -> StepResult | None:
         """Tell what this rank sees, or do what is ordered."""
@@ -140,7 +140,7 @@ def _misbehave(folder: str) -> None:
         case "missing":
             raise ModelError("missing is no model folder: give one that has a config.json")
         case "broken":
-            raise ValueError("cannot\nread this")
+            raise ValueError("cannot read this\nframe 0")
         case "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         case "slow":

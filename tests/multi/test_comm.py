@@ -10,15 +10,15 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
 import torch
+from tests.support.ranks import drawn, expected_sum, segment, small
 
 from spanwise.comm.communicator import RankComm
-from spanwise.comm.segment import SegmentLayout, create_segment, interrupt
+from spanwise.comm.segment import SegmentLayout, interrupt
 from spanwise.comm.shared_memory import open_rank_comm
 from spanwise.errors import CommunicationError, WaitInterruptedError
 
@@ -64,15 +64,6 @@ def _run_child(body: Callable[[], object], pipe: int) -> None:
         os._exit(code)
 
 
-@contextmanager
-def segment(layout: SegmentLayout) -> Iterator[int]:
-    fd = create_segment("test", layout)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
 def on_ranks(layout: SegmentLayout, body: Callable[[RankComm, int, int], object]) -> None:
     """``body(channels, stage, tp_rank)`` in a process for each rank; fails with their errors."""
     with segment(layout) as fd:
@@ -92,21 +83,6 @@ def on_ranks(layout: SegmentLayout, body: Callable[[RankComm, int, int], object]
     assert not any(reports), "\n".join(reports)
 
 
-def drawn(shape: Sequence[int], seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def sum_in_order(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    total = parts[0].float()
-    for part in parts[1:]:
-        total = total + part.float()
-    return total.to(parts[0].dtype)
-
-
-def small(pp_size: int, tp_size: int) -> SegmentLayout:
-    return SegmentLayout(pp_size, tp_size, 512, 256, 3, 64)
-
-
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_collectives_equal_torch(size: int) -> None:
     sizes = [3, 0, 130, 7][:size]
@@ -114,12 +90,12 @@ def test_collectives_equal_torch(size: int) -> None:
     def body(comm: RankComm, stage: int, tp_rank: int) -> None:
         for number, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16) * 8):
             shape = (1 + number, 40)
-            parts = [drawn(shape, 100 * number + rank, dtype) for rank in range(size)]
-            want = sum_in_order(parts)
+            parts = [drawn(shape, dtype, 100 * number + rank) for rank in range(size)]
+            want = expected_sum(parts)
             assert torch.equal(comm.tp.all_reduce(parts[tp_rank].clone()), want)
             for dim in (0, 1):
                 shapes = [(n, 5) if dim == 0 else (5, n) for n in sizes]
-                parts = [drawn(part, rank, dtype) for rank, part in enumerate(shapes)]
+                parts = [drawn(part, dtype, rank) for rank, part in enumerate(shapes)]
                 got = comm.tp.all_gather(parts[tp_rank], sizes, dim)
                 assert torch.equal(got, torch.cat(parts, dim))
             comm.tp.barrier()

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from spanwise.comm.ordered_sum import ordered_sum
-from spanwise.errors import CommunicationError, WaitInterruptedError
+from spanwise.errors import CommunicationError, WaitInterruptedError, reason
 
 _ONE_SHOT_BYTES = 1 << 18
 _MAX_UNSENT = 8
@@ -99,8 +99,7 @@ class Operations:
         except RuntimeError as error:
             if self._interrupted.is_set():
                 raise WaitInterruptedError(f"{place} was interrupted") from error
-            first_line = str(error).partition("\n")[0]
-            raise CommunicationError(f"{place} failed: {first_line}") from error
+            raise CommunicationError(f"{place} failed: {reason(error)}") from error
 
 
 class GroupCommunicator:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from spanwise.device.devices import cpu_hint, host_memory
-from spanwise.errors import DeviceError
+from spanwise.errors import DeviceError, reason
 from spanwise.types.worker import DeviceSpec
 
 
@@ -27,10 +27,9 @@ def place(spec: DeviceSpec) -> torch.device:
         torch.cuda.set_device(device)
         free_bytes(device)
     except (RuntimeError, AssertionError) as error:  # a build without CUDA fails an assertion
-        reason = str(error).partition("\n")[0]
         raise DeviceError(
-            f"{spec} cannot be used by torch {torch.__version__}: {reason}; mend the driver or the "
-            f"torch build, or use {cpu_hint()}"
+            f"{spec} cannot be used by torch {torch.__version__}: {reason(error)}; mend the driver "
+            f"or the torch build, or use {cpu_hint()}"
         ) from error
     return device
 

@@ -24,7 +24,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from spanwise.errors import ModelError
+from spanwise.errors import ModelError, reason
 from spanwise.model.safetensors_file import StoredTensor
 from spanwise.model.source import Computed, Concatenated, Source, Stacked, Stored, Transposed
 
@@ -215,11 +215,10 @@ def _run(
         made = converter.convert(name, model=full, config=full.config)
     except Exception as error:
         # Whatever a foreign operation stumbles over, the user must learn which tensor it was.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         operations = ", ".join(type(operation).__name__ for operation in converter.operations)
         raise ModelError(
             f"{entry.stored[0].where} cannot be converted to '{name}' by {operations} "
-            f"({reason:.200}); use another transformers version, or save the model anew"
+            f"({reason(error)}); use another transformers version, or save the model anew"
         ) from error
     return {
         target: made[target][0] if isinstance(made[target], list) else made[target]

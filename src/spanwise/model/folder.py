@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from spanwise.embedded import EMBEDDED, embedded_folder
-from spanwise.errors import ModelError
+from spanwise.errors import ModelError, reason
 
 _CONFIG = "config.json"
 _GENERATION = "generation_config.json"
@@ -114,6 +114,5 @@ def _fetch(name: str, progress: bool) -> Path:
         ) from error
     except Exception as error:
         # The HTTP library below, and with it the exceptions, differs between versions of the hub.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(f"{name} could not be downloaded: {reason:.200}; try again") from error
+        raise ModelError(f"{name} could not be downloaded: {reason(error)}; try again") from error
     return Path(folder)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from spanwise.errors import ModelError
+from spanwise.errors import ModelError, reason
 from spanwise.model import seams, tables
 from spanwise.model.build import set_attention
 from spanwise.model.rotary import fixed_tables
@@ -186,33 +186,41 @@ def _window(module: nn.Module, options: dict[str, Any]) -> int:
     passed = options.get("sliding_window") or 0
     if not isinstance(mask, seams.SeenMask):
         return int(passed)
-    try:
-        seen = {_reach(mask.mask_function, query) for query in (2**22, 2**22 + 1, 2**22 + 3)}
-    except (AttributeError, RuntimeError, NotImplementedError, IndexError):
-        seen = {None}  # the mask was changed, or depends on more than two positions
-    if len(seen) != 1 or None in seen:
-        raise ModelError(
-            f"{type(module).__name__} uses a mask that is neither causal nor a sliding window "
-            "(chunked or bidirectional attention); not supported yet"
-        )
-    return seen.pop() or 0
+    mask_function = getattr(mask, "mask_function", None)
+    if mask_function is None:  # what torch makes of a mask does not carry it on
+        raise _other_mask(module, "it is changed after transformers made it")
 
-
-def _reach(mask_function: Callable[..., torch.Tensor], query: int) -> int | None:
-    """Positions seen at ``query``: 0 for all before it, None if it also sees the future."""
-
-    def sees(key: int) -> bool:
+    def sees(query: int, key: int) -> bool:
         at = [torch.tensor(x) for x in (0, 0, query, key)]
-        return bool(mask_function(*at))
+        try:
+            return bool(mask_function(*at))
+        except (RuntimeError, IndexError) as error:  # it looks up what depends on the sequence
+            raise _other_mask(module, f"its function says: {reason(error)}") from error
 
-    if sees(query + 1) or not sees(query):
+    seen = {_reach(sees, query) for query in (2**22, 2**22 + 1, 2**22 + 3)}
+    reach = seen.pop()
+    if seen or reach is None:
+        raise _other_mask(module, "chunked or bidirectional attention")
+    return reach
+
+
+def _other_mask(module: nn.Module, why: str) -> ModelError:
+    return ModelError(
+        f"{type(module).__name__} uses a mask that is neither causal nor a sliding window "
+        f"({why}); not supported yet"
+    )
+
+
+def _reach(sees: Callable[[int, int], bool], query: int) -> int | None:
+    """Positions seen at ``query``: 0 for all before it, None if it also sees the future."""
+    if sees(query, query + 1) or not sees(query, query):
         return None
-    if sees(0):
+    if sees(query, 0):
         return 0
     low, high = 0, query
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if sees(middle) else (middle, high)
+        low, high = (low, middle) if sees(query, middle) else (middle, high)
     return query - high + 1
 
 
@@ -243,7 +251,7 @@ def probe(model: PreTrainedModel) -> Probe:
     ) as error:
         raise ModelError(
             f"{type(model).__name__} cannot run through the attention interface and a paged cache: "
-            f"{_reason(error)}; this architecture is not supported"
+            f"{_in_words(error)}; this architecture is not supported"
         ) from error
     finally:
         calls.remove()
@@ -259,10 +267,10 @@ def probe(model: PreTrainedModel) -> Probe:
     return result
 
 
-def _reason(error: Exception) -> str:
-    """One line of why a run failed, in words where the error's own say nothing to a user."""
-    text = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-    return next((words for sign, words in tables.FAILURES.items() if sign in text), text)
+def _in_words(error: Exception) -> str:
+    """Why a run failed, in words where the error's own say nothing to a user."""
+    said = reason(error)
+    return next((words for sign, words in tables.FAILURES.items() if sign in said), said)
 
 
 def _check_positions(

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from spanwise import errors
-from spanwise.errors import InputError, SpanwiseError, WaitInterruptedError, WorkerError
+from spanwise.errors import InputError, SpanwiseError, WaitInterruptedError, WorkerError, reason
 from spanwise.worker.channel import Channel, ChannelClosed
 from spanwise.worker.messages import Failed
 
@@ -20,20 +20,12 @@ _KINDS = {
 }
 
 
-def one_line(error: BaseException) -> str:
-    """The error in one line, with its type where it is not one of ours."""
-    text = " ".join(str(error).split())
-    if isinstance(error, SpanwiseError):
-        return text
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
 def failure_of(error: BaseException, where: str) -> Failed:
     """What to report of an error; one about the caller's input speaks for itself."""
     if isinstance(error, InputError):
-        return Failed(_kind_of(error), one_line(error))
+        return Failed(_kind_of(error), reason(error))
     kind = _kind_of(error) if isinstance(error, SpanwiseError) else WorkerError.__name__
-    return Failed(kind, f"{where} failed: {one_line(error)}")
+    return Failed(kind, f"{where} failed: {reason(error, expected=False)}")
 
 
 def error_of(failed: Failed) -> SpanwiseError:
