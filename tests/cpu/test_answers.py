@@ -42,7 +42,7 @@ def test_prompt_logprobs_and_pooling(family: str, pp: int, tp: int, root: Path) 
         )
     )
     replica.scheduler.add(
-        SequenceRequest(sequence_id=1, prompt_token_ids=tuple(prompt), task="pool")
+        SequenceRequest(sequence_id=1, prompt_token_ids=tuple(prompt), task="pool_last")
     )
     scores, pooled = [], None
     while replica.scheduler.num_waiting or replica.scheduler.num_running:

@@ -55,6 +55,172 @@ def test_pool_holds_each_block_once(changes: list[int]) -> None:
         assert len(set(held)) == len(held) == pool.num_used
 
 
+# Blocks that keep a prefix.
+
+
+def key(index: int) -> bytes:
+    return b"key %d" % index
+
+
+def test_a_freed_block_with_a_key_is_kept_and_can_be_shared() -> None:
+    pool = BlockPool(3)
+    first, second = pool.allocate(2)
+    pool.register(second, key(0))
+    pool.free((first, second))
+    assert (pool.num_free, pool.find(key(0)), pool.is_held(second)) == (3, second, False)
+    assert pool.share(key(0)) == second
+    assert pool.share(key(0)) == second
+    assert (pool.num_free, pool.is_held(second)) == (2, True)
+    pool.free((second,))
+    assert (pool.num_free, pool.is_held(second)) == (2, True), "one still reads it"
+    pool.free((second,))
+    assert pool.num_free == 3
+
+
+def test_blank_blocks_go_first_then_those_freed_longest_ago() -> None:
+    pool = BlockPool(5)
+    blocks = pool.allocate(4)
+    for block in blocks:
+        pool.register(block, key(block))
+    pool.free((2, 0))
+    pool.free((1,))
+    pool.share(key(0))
+    pool.free((0, 3))
+    assert pool.allocate(4) == (4, 2, 1, 0)
+    assert [pool.find(key(block)) for block in blocks] == [None, None, None, 3]
+
+
+def test_a_key_stays_with_a_block_that_is_held() -> None:
+    pool = BlockPool(4)
+    ours, theirs = pool.allocate(2)
+    pool.register(ours, key(0))
+    pool.register(theirs, key(0))
+    assert pool.find(key(0)) == ours
+    pool.free((ours,))
+    (third,) = pool.allocate(1)
+    pool.register(third, key(0))
+    assert pool.find(key(0)) == third, "the one held is there for longer"
+    assert pool.allocate(1) == (ours,), "the other is blank now"
+
+
+def test_what_is_forgotten_is_free_and_cannot_be_found() -> None:
+    pool = BlockPool(3)
+    held, kept = pool.allocate(2)
+    for block in (held, kept):
+        pool.register(block, key(block))
+    pool.free((kept,))
+    pool.forget()
+    assert (pool.num_free, pool.find(key(held)), pool.find(key(kept))) == (2, None, None)
+    pool.register(held, key(5))
+    assert pool.find(key(5)) == held
+
+
+def test_a_block_nobody_holds_gets_no_key() -> None:
+    pool = BlockPool(1)
+    with pytest.raises(AssertionError, match="held by nobody"):
+        pool.register(0, key(0))
+    with pytest.raises(AssertionError, match="is gone"):
+        pool.share(key(0))
+
+
+@given(st.lists(st.tuples(st.sampled_from("afrsx"), st.integers(0, 9))))
+def test_a_pool_loses_no_block_and_no_key(calls: list[tuple[str, int]]) -> None:
+    """Against a list of holders, and what each key was last given to."""
+    pool = BlockPool(5)
+    holders: list[int] = []
+    named: dict[int, bytes] = {}
+    for call, number in calls:
+        if call == "a" and pool.num_free:
+            (block,) = pool.allocate(1)
+            assert block not in holders
+            named.pop(block, None)
+            holders.append(block)
+        elif call == "f" and holders:
+            pool.free((holders.pop(number % len(holders)),))
+        elif call == "r" and holders:
+            block = holders[number % len(holders)]
+            if block not in named:
+                pool.register(block, key(number))
+                if pool.find(key(number)) == block:
+                    named = {b: k for b, k in named.items() if k != key(number)}
+                    named[block] = key(number)
+        elif call == "s" and pool.find(key(number)) is not None:
+            block = pool.share(key(number))
+            assert named[block] == key(number), "found under the wrong key"
+            holders.append(block)
+        elif call == "x":
+            pool.forget()
+            named.clear()
+        assert pool.num_used == len(set(holders))
+        assert all(pool.find(k) == b for b, k in named.items())
+        assert sum(pool.find(key(i)) is not None for i in range(10)) == len(named)
+    pool.free(holders)
+    assert sorted(pool.allocate(5)) == [0, 1, 2, 3, 4]
+
+
+def begun_table(layout: CacheLayout, num_keys: int) -> tuple[BlockTable, tuple[BlockPool, ...]]:
+    """A table that found its first blocks, which another had filled and let go of."""
+    table, pools = make_table(layout)
+    keys = [key(index) for index in range(num_keys)]
+    table.extend(num_keys * layout.block_size)
+    table.register(keys)
+    table.release()
+    begun = BlockTable(layout, pools)
+    assert begun.match(keys) == num_keys
+    begun.attach(keys)
+    return begun, pools
+
+
+def test_a_table_begins_with_what_is_found_and_tells_of_it_once() -> None:
+    table, pools = begun_table(make_layout(2, (0, 8), (4, 8)), 4)
+    assert table.held == ((0, 1, 2, 3), (2, 3)), "position 8 sees 5, 6 and 7 and itself"
+    assert [pool.num_used for pool in pools] == [4, 2]
+    assert table.extend(9) == ((0, 1, 2, 3, 4), (0, 0, 2, 3, 4))
+    assert table.extend(11) == ((5,), (5,))
+    assert table.room(11) == (6 + 2) * 2 - 11
+    assert table.held == ((0, 1, 2, 3, 4, 5), (4, 5))
+    table.release()
+    assert [pool.num_used for pool in pools] == [0, 0]
+
+
+def test_needed_counts_what_is_found_and_idle_but_not_what_others_hold() -> None:
+    keys = [key(index) for index in range(3)]
+    layout = make_layout(2, (0, 20), (2, 20))
+    holding, pools = begun_table(layout, 3)
+    table = BlockTable(layout, pools)
+    assert table.needed(10, 10) == (5, 5)
+    assert table.needed(10, 10, keys) == (2, 2)
+    holding.release()
+    assert table.needed(10, 10, keys) == (5, 3), "of the windowed group one block is still read"
+
+
+@given(
+    block_size=st.integers(1, 4),
+    windows=st.lists(st.sampled_from([0, 1, 2, 4, 7, 12]), min_size=1, max_size=3),
+    there=st.lists(st.sets(st.integers(0, 7)), min_size=3, max_size=3),
+)
+def test_a_match_is_the_longest_that_every_group_allows(
+    block_size: int, windows: list[int], there: list[set[int]]
+) -> None:
+    layout = make_layout(block_size, *((window, 8) for window in windows))
+    table, pools = make_table(layout)
+    for pool, indices in zip(pools, there, strict=False):
+        for index, block in zip(indices, pool.allocate(len(indices)), strict=True):
+            pool.register(block, key(index))
+
+    def allows(window: int, indices: set[int], count: int) -> bool:
+        position = count * block_size  # the next query
+        first = max(0, position - window + 1) if window else 0
+        return {p // block_size for p in range(first, position)} <= indices
+
+    longest = max(
+        count
+        for count in range(9)
+        if all(allows(w, indices, count) for w, indices in zip(windows, there, strict=False))
+    )
+    assert table.match([key(index) for index in range(8)]) == longest
+
+
 def test_table_grows_only_by_what_is_missing() -> None:
     table, pools = make_table(make_layout(4, (0, 8)))
     assert table.extend(5) == ((0, 1),)

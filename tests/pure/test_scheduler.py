@@ -1,13 +1,12 @@
 """The scheduler's policy by example: what exactly is planned, and when."""
 
 import pytest
+from tests.pure.scheduling import EOS, VOCAB, add, answer, make_scheduler, plan, rows, run
 
 from spanwise.errors import InputError
-from spanwise.scheduler.config import SchedulerConfig
 from spanwise.scheduler.request import SequenceRequest
 from spanwise.scheduler.scheduler import Scheduler
 from spanwise.scheduler.update import SequenceUpdate
-from spanwise.types.cache import CacheGroup, CacheLayout
 from spanwise.types.plan import (
     LanePlan,
     LaneResult,
@@ -18,55 +17,6 @@ from spanwise.types.plan import (
     TokenLogprobs,
 )
 from spanwise.types.sampling import SamplingSpec
-
-VOCAB = 100
-EOS = 99
-
-
-def make_scheduler(num_blocks: int = 100, window: int = 0, **changes: object) -> Scheduler:
-    limits = {
-        "max_step_tokens": 32,
-        "max_num_seqs": 8,
-        "max_model_len": 64,
-        "vocab_size": VOCAB,
-        "cache": CacheLayout(4, (CacheGroup((0,), window, num_blocks),)),
-    }
-    return Scheduler(SchedulerConfig(**(limits | changes)))  # type: ignore[arg-type]
-
-
-def add(scheduler: Scheduler, sequence_id: int, num_prompt: int, **changes: object) -> None:
-    prompt = tuple(i % 90 + 1 for i in range(num_prompt))
-    changes = {"stop_token_ids": (EOS,)} | changes
-    scheduler.add(
-        SequenceRequest(sequence_id=sequence_id, prompt_token_ids=prompt, **changes)  # type: ignore[arg-type]
-    )
-
-
-def plan(scheduler: Scheduler) -> StepPlan:
-    made = scheduler.next_plan()
-    assert made is not None
-    return made
-
-
-def rows(made: StepPlan) -> list[tuple[int, int, int, int, bool]]:
-    """(sequence, start, count, length, sample) of each row."""
-    found = made.lanes[0].rows
-    return [(r.sequence_id, r.start, r.count, r.length, r.sample) for r in found]
-
-
-def answer(scheduler: Scheduler, made: StepPlan, token: int = 7) -> list[SequenceUpdate]:
-    """Hand back a result in which every sampling row drew ``token``."""
-    sampled = tuple(Sampled(r.sequence_id, token if r.sample else -1) for r in made.lanes[0].rows)
-    return scheduler.accept(StepResult(made.epoch, made.step, (LaneResult(sampled),)))
-
-
-def run(scheduler: Scheduler) -> list[StepPlan]:
-    """Run one step at a time to the end."""
-    plans = []
-    while made := scheduler.next_plan():
-        plans.append(made)
-        answer(scheduler, made)
-    return plans
 
 
 def test_idle() -> None:
@@ -81,7 +31,7 @@ def test_first_plan_introduces_and_computes_the_prompt() -> None:
     assert scheduler.num_waiting == 1
     lane = plan(scheduler).lanes[0]
     assert [n.sequence_id for n in lane.new] == [5]
-    assert lane.new[0].token_ids == (1, 2, 3, 4, 5, 6)
+    assert lane.new[0].token_ids == (5, 2, 3, 4, 5, 6)
     assert lane.new[0].num_prompt == 6
     assert lane.rows == (Row(5, 0, 6, 6, ((0, 1),), True),)
     assert (scheduler.num_waiting, scheduler.num_running, scheduler.num_in_flight) == (0, 1, 1)
@@ -210,7 +160,7 @@ def test_the_youngest_gives_way_and_comes_back_when_nothing_of_it_is_in_flight()
     answer(scheduler, third)
     later = run(scheduler)
     (back,) = [new for made in later for new in made.lanes[0].new]
-    assert back.token_ids == (1, 2, 3, 4, 5, 6, 7, 11, 12)
+    assert back.token_ids == (2, 2, 3, 4, 5, 6, 7, 11, 12)
     assert back.num_prompt == 7
 
 
@@ -295,10 +245,10 @@ def test_admission_leaves_a_margin_to_those_that_run() -> None:
 
 def test_pooling_ends_with_the_last_position() -> None:
     scheduler = make_scheduler(max_step_tokens=4, max_model_len=6)
-    add(scheduler, 1, 6, task="pool")
+    add(scheduler, 1, 6, task="pool_last")
     first, second = plan(scheduler), plan(scheduler)
     assert scheduler.next_plan() is None
-    assert first.lanes[0].new[0].task == "pool"
+    assert first.lanes[0].new[0].task == "pool_last"
     assert rows(first) + rows(second) == [(1, 0, 4, 6, False), (1, 4, 2, 6, True)]
     assert answer(scheduler, first) == []
     pooled = LaneResult((Sampled(1, pooled=(0.5, 1.5)),))
@@ -343,7 +293,7 @@ def test_restart_forgets_what_is_in_flight_and_keeps_tokens_and_order() -> None:
     again = plan(scheduler)
     assert (again.epoch, again.step) == (4, 0)
     assert again.lanes[0].dropped == ()
-    assert [n.token_ids for n in again.lanes[0].new] == [(1, 2, 3, 7), (1, 2, 3, 7)]
+    assert [n.token_ids for n in again.lanes[0].new] == [(1, 2, 3, 7), (2, 2, 3, 7)]
     assert rows(plan(scheduler)) == [(1, 4, 1, 5, True), (2, 4, 1, 5, True)]
 
 
@@ -369,7 +319,7 @@ def test_broken_order_is_noticed() -> None:
         ),
         ({"prompt_token_ids": (1, -1, 5)}, "token id -1"),
         ({"prompt_token_ids": (1,) * 64}, "64 tokens, but max_model_len 64 leaves room for 63"),
-        ({"prompt_token_ids": (1,) * 65, "task": "pool"}, "leaves room for 64"),
+        ({"prompt_token_ids": (1,) * 65, "task": "pool_last"}, "leaves room for 64"),
         ({"max_tokens": 0}, "max_tokens is 0, but must be at least 1"),
         ({"max_tokens": 1, "output_token_ids": (2,)}, "must be at least 2"),
         ({"max_tokens": 12}, "may need 41 tokens of KV cache, but only 40 fit"),

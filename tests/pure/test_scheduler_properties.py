@@ -3,166 +3,26 @@
 from __future__ import annotations
 
 import random
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.pure.fake_rank import VOCAB, FakeRank, logprob, next_token
 
 from spanwise.cost.blocks import peak_blocks
+from spanwise.scheduler.blocks import BlockPool
 from spanwise.scheduler.config import SchedulerConfig
 from spanwise.scheduler.request import SequenceRequest
 from spanwise.scheduler.scheduler import Scheduler
 from spanwise.scheduler.update import SequenceUpdate
 from spanwise.types.cache import CacheGroup, CacheLayout
-from spanwise.types.plan import (
-    LaneResult,
-    NewSequence,
-    Row,
-    Sampled,
-    StepPlan,
-    StepResult,
-    TokenLogprobs,
-)
+from spanwise.types.plan import StepPlan, StepResult, TokenLogprobs
 from spanwise.types.sampling import SamplingSpec
 
-VOCAB = 7
 STOP = 3
-
-
-def next_token(tokens: list[int]) -> int:
-    """The token every layout has to draw after ``tokens``."""
-    state = 17
-    for token in tokens:
-        state = (state * 31 + token + 7) % 1_000_003
-    return state % VOCAB
-
-
-@dataclass
-class KnownSequence:
-    """What a rank knows of a sequence."""
-
-    new: NewSequence
-    tokens: list[int]
-    tables: list[list[int]]
-    computed: int = 0
-
-
-@dataclass(frozen=True)
-class Slot:
-    """What a rank wrote at one position of one block: stands for a key and a value."""
-
-    sequence_id: int
-    position: int
-    token: int
-    num_passed: int
-
-
-class FakeRank:
-    """Runs plans as a rank would, with a cache of its own, and refuses what breaks the protocol."""
-
-    def __init__(self, config: SchedulerConfig, epoch: int) -> None:
-        self.config = config
-        self.epoch = epoch
-        self.num_steps = 0
-        self.known: dict[int, KnownSequence] = {}
-        self.cache: list[dict[tuple[int, int], Slot]] = [{} for _ in config.cache.groups]
-
-    def run(self, plan: StepPlan) -> StepResult:
-        assert (plan.epoch, plan.step) == (self.epoch, self.num_steps)
-        self.num_steps += 1
-        (lane,) = plan.lanes
-        for sequence_id in lane.dropped:
-            del self.known[sequence_id]
-        for new in lane.new:
-            assert new.sequence_id not in self.known
-            tables: list[list[int]] = [[] for _ in self.config.cache.groups]
-            self.known[new.sequence_id] = KnownSequence(new, list(new.token_ids), tables)
-        self._check_shape(lane.rows, {new.sequence_id for new in lane.new})
-        starts = {row.sequence_id: row.start for row in lane.rows}
-        for row in lane.rows:
-            self._append_blocks(row, starts)
-        # All rows write before any reads, as in a layer of a model.
-        for row in lane.rows:
-            self._write(row)
-        for row in lane.rows:
-            self._read(row)
-        sampled = tuple(self._sample(row) for row in lane.rows)
-        return StepResult(plan.epoch, plan.step, (LaneResult(sampled),))
-
-    def _check_shape(self, rows: tuple[Row, ...], new: set[int]) -> None:
-        assert 0 < sum(row.count for row in rows) <= self.config.max_step_tokens
-        named = [row.sequence_id for row in rows]
-        assert len(set(named)) == len(named)
-        assert new <= set(named)
-        assert len(self.known) <= self.config.max_num_seqs
-        for row in rows:
-            sequence = self.known[row.sequence_id]
-            end = row.start + row.count
-            assert row.count > 0
-            assert row.start == sequence.computed, "a gap, or computed twice"
-            assert end <= len(sequence.tokens) == row.length, "a token nobody has yet"
-            assert row.sample == (end == row.length)
-            assert row.length <= self.config.max_model_len
-
-    def _append_blocks(self, row: Row, starts: dict[int, int]) -> None:
-        sequence = self.known[row.sequence_id]
-        size = self.config.cache.block_size
-        for index, blocks in enumerate(row.new_blocks):
-            group = self.config.cache.groups[index]
-            for block in blocks:
-                assert 0 <= block < group.num_blocks
-                for other in self.known.values():
-                    start = starts.get(other.new.sequence_id, other.computed)
-                    first = max(0, start - group.window + 1) // size if group.window else 0
-                    assert block not in other.tables[index][first:], "still read by another"
-                sequence.tables[index].append(block)
-            assert len(sequence.tables[index]) == -(-(row.start + row.count) // size)
-
-    def _slots(self, row: Row, group: int, position: int) -> tuple[int, int]:
-        size = self.config.cache.block_size
-        return self.known[row.sequence_id].tables[group][position // size], position % size
-
-    def _expected(self, row: Row, position: int) -> Slot:
-        num_passed = sum(row.length > length for length in self.config.recompute_lengths)
-        token = self.known[row.sequence_id].tokens[position]
-        return Slot(row.sequence_id, position, token, num_passed)
-
-    def _write(self, row: Row) -> None:
-        for group, cache in enumerate(self.cache):
-            for position in range(row.start, row.start + row.count):
-                cache[self._slots(row, group, position)] = self._expected(row, position)
-
-    def _read(self, row: Row) -> None:
-        for index, group in enumerate(self.config.cache.groups):
-            first = max(0, row.start - group.window + 1) if group.window else 0
-            for position in range(first, row.start + row.count):
-                slot = self.cache[index][self._slots(row, index, position)]
-                assert slot == self._expected(row, position), "the cache holds something else"
-
-    def _sample(self, row: Row) -> Sampled:
-        sequence = self.known[row.sequence_id]
-        sequence.computed += row.count
-        end = row.start + row.count
-        num_prompt = sequence.new.num_prompt
-        prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-        if sequence.new.sampling.prompt_logprobs >= 0:
-            told = range(row.start + 1, min(end + 1, num_prompt))
-            prompt_logprobs = tuple(logprob(sequence.tokens, p) for p in told)
-        if not row.sample:
-            return Sampled(row.sequence_id, prompt_logprobs=prompt_logprobs)
-        if sequence.new.task == "pool":
-            return Sampled(row.sequence_id, pooled=(float(next_token(sequence.tokens)),))
-        token = next_token(sequence.tokens)
-        sequence.tokens.append(token)
-        drawn = logprob(sequence.tokens, len(sequence.tokens) - 1)
-        return Sampled(row.sequence_id, token, drawn, prompt_logprobs)
-
-
-def logprob(tokens: list[int], position: int) -> TokenLogprobs:
-    return TokenLogprobs(tokens[position], -float(position), 1)
 
 
 @dataclass(frozen=True)
@@ -171,8 +31,9 @@ class Job:
 
     request: SequenceRequest
     arrival: int
-    stop_after: int | None
-    abort_at: int | None
+    stop_after: int | None = None
+    abort_at: int | None = None
+    withdraw_at: int | None = None
 
 
 @dataclass(frozen=True)
@@ -182,7 +43,7 @@ class Case:
     config: SchedulerConfig
     jobs: tuple[Job, ...]
     seed: int
-    restarts: tuple[int, ...]
+    restarts: tuple[int, ...] = ()
 
 
 @dataclass
@@ -194,6 +55,7 @@ class Outcome:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     pooled: tuple[float, ...] | None = None
     end: tuple[str, int | None] | None = None
+    cached: list[int] = field(default_factory=list, compare=False)
 
     def take(self, update: SequenceUpdate) -> None:
         assert self.end is None, "news of a sequence that has ended"
@@ -201,6 +63,7 @@ class Outcome:
         self.logprobs += update.logprobs
         self.prompt_logprobs += update.prompt_logprobs
         self.pooled = update.pooled
+        self.cached.append(update.num_cached_tokens)
         if update.finish_reason:
             self.end = (update.finish_reason, update.stop_reason)
 
@@ -211,7 +74,7 @@ def reference(job: Job, config: SchedulerConfig) -> Outcome:
     tokens = [*request.prompt_token_ids]
     num_prompt = len(tokens)
     outcome = Outcome()
-    if request.task == "pool":
+    if request.task != "generate":
         outcome.pooled = (float(next_token(tokens)),)
         outcome.end = ("stop", None)
         return outcome
@@ -234,62 +97,118 @@ def reference(job: Job, config: SchedulerConfig) -> Outcome:
 
 
 class Driver:
-    """Plays engine and executor: feeds, delays, aborts, restarts, and checks after every call."""
+    """Plays engine and executor: feeds, delays, aborts, restarts, and checks after every call.
+
+    The clock shows the tick.
+    """
 
     def __init__(self, case: Case) -> None:
         self.case = case
         self.random = random.Random(case.seed)
         self.scheduler = Scheduler(case.config)
-        self.rank = FakeRank(case.config, 0)
+        self.jobs = {job.request.sequence_id: job for job in case.jobs}
+        self.salts = {i: job.request.cache_salt for i, job in self.jobs.items()}
+        self.rank = FakeRank(case.config, 0, self.salts)
         self.results: deque[StepResult] = deque()
         self.stale: list[StepResult] = []
         self.plans: list[StepPlan] = []
-        self.outcomes = {job.request.sequence_id: Outcome() for job in case.jobs}
+        self.outcomes = {sequence_id: Outcome() for sequence_id in self.jobs}
+        self.arrived: list[int] = []
+        self.found: dict[int, int] = {}  # of those that have begun: tokens found at first
+        self.num_found = 0
+        self.batch: set[int] = set()
         self.tick = 0
 
     def drive(self) -> None:
-        jobs = {job.request.sequence_id: job for job in self.case.jobs}
         while any(outcome.end is None for outcome in self.outcomes.values()):
             assert self.tick < 5_000, "some sequence never ends"
-            self._tick(jobs)
+            self._tick()
             self.tick += 1
         while self.results:
             assert self.scheduler.accept(self.results.popleft()) == []
-        assert self.scheduler.next_plan() is None
+        assert self.scheduler.next_plan(self.tick) is None
+        assert self.scheduler.wake_at_s is None
         assert not any(self.scheduler.num_used_blocks), "blocks leaked"
+        self._check_stats()
 
-    def _tick(self, jobs: dict[int, Job]) -> None:
-        for job in jobs.values():
+    def _tick(self) -> None:
+        for sequence_id, job in self.jobs.items():
             if job.arrival == self.tick:
                 self.scheduler.add(job.request)
+                self.arrived.append(sequence_id)
             if job.abort_at == self.tick and job.arrival <= self.tick:
-                self._abort(job.request.sequence_id)
+                self._abort(sequence_id)
+            if job.withdraw_at == self.tick and job.arrival <= self.tick:
+                self._withdraw(sequence_id)
         if self.tick in self.case.restarts:
             self._restart()
+        if self.random.random() < 0.7:
+            self._expire()
         for _ in range(self.random.randint(0, 3)):
             self._plan()
         for _ in range(self.random.randint(0, 3)):
             if self.results:
-                self._deliver(self.results.popleft(), jobs)
+                self._deliver(self.results.popleft())
         if not self.results and self.scheduler.num_waiting + self.scheduler.num_running:
-            assert self._plan(), "nothing in flight, something to do, and no plan"
+            self._make_progress()
+
+    def _make_progress(self) -> None:
+        if self._plan():
+            return
+        assert self.case.config.batching != "continuous", "nothing in flight, and no plan"
+        self._expire()
+        if not self.scheduler.num_waiting:
+            return
+        wake_at_s = self.scheduler.wake_at_s
+        assert wake_at_s is not None and wake_at_s > self.tick, "time changes nothing, and no plan"
 
     def _plan(self) -> bool:
-        plan = self.scheduler.next_plan()
+        plan = self.scheduler.next_plan(float(self.tick))
         self._check()
         if plan is None:
             return False
+        self._check_turns(plan)
         self.plans.append(plan)
         self.results.append(self.rank.run(plan))
         return True
 
-    def _deliver(self, result: StepResult, jobs: dict[int, Job]) -> None:
+    def _check_turns(self, plan: StepPlan) -> None:
+        """Who begins did so before all that come after it."""
+        starts = {row.sequence_id: row.start for row in plan.lanes[0].rows}
+        size = self.case.config.cache.block_size
+        if not self._unfinished(self.batch):
+            self.batch.clear()
+        for new in plan.lanes[0].new:
+            if self.jobs[new.sequence_id].request.sampling.prompt_logprobs < 0:
+                self.num_found += starts[new.sequence_id]
+            if new.sequence_id in self.found:
+                continue
+            self.found[new.sequence_id] = min(starts[new.sequence_id], new.num_prompt)
+            self.batch.add(new.sequence_id)
+            request = self.jobs[new.sequence_id].request
+            for other in self._unfinished(self.arrived[: self.arrived.index(new.sequence_id)]):
+                before = self.jobs[other].request
+                if before.tenant != request.tenant or before.priority > request.priority:
+                    continue
+                shares = any(
+                    before.prompt_token_ids[:size] == self.jobs[i].request.prompt_token_ids[:size]
+                    for i in self.jobs
+                    if i != other
+                )
+                assert other in starts or other in self.found or shares, "overtaken"
+        if self.case.config.batching != "continuous":
+            assert len(self.batch) <= (self.case.config.batch_size or self.case.config.max_num_seqs)
+
+    def _unfinished(self, sequence_ids: list[int] | set[int]) -> list[int]:
+        return [i for i in sequence_ids if self.outcomes[i].end is None]
+
+    def _deliver(self, result: StepResult) -> None:
         if self.stale and self.random.random() < 0.5:
             assert self.scheduler.accept(self.stale.pop()) == []
         for update in self.scheduler.accept(result):
             outcome = self.outcomes[update.sequence_id]
             outcome.take(update)
-            wanted = jobs[update.sequence_id].stop_after
+            wanted = self.jobs[update.sequence_id].stop_after
             if outcome.end is None and wanted and len(outcome.token_ids) == wanted:
                 outcome.end = ("string", None)
                 self.scheduler.stop(update.sequence_id)
@@ -301,10 +220,40 @@ class Driver:
         self.scheduler.abort(sequence_id)
         self._check()
 
+    def _withdraw(self, sequence_id: int) -> None:
+        has_ended = self.outcomes[sequence_id].end is not None
+        can_go = not has_ended and sequence_id not in self.found
+        assert (sequence_id in self.scheduler.withdrawable()) == can_go
+        request = self.scheduler.withdraw(sequence_id)
+        assert (request is not None) == can_go
+        if request is not None:
+            assert request == self.jobs[sequence_id].request
+            self.outcomes[sequence_id].end = ("withdrawn", None)
+        self._check()
+
+    def _expire(self) -> None:
+        late = {
+            sequence_id
+            for sequence_id in self._unfinished(self.arrived)
+            if sequence_id not in self.found and self._deadline_s(sequence_id) <= self.tick
+        }
+        updates = self.scheduler.expire(float(self.tick))
+        assert {update.sequence_id for update in updates} == late
+        for update in updates:
+            assert update == SequenceUpdate(
+                sequence_id=update.sequence_id, finish_reason="deadline"
+            )
+            self.outcomes[update.sequence_id].take(update)
+        self._check()
+
+    def _deadline_s(self, sequence_id: int) -> float:
+        deadline_s = self.jobs[sequence_id].request.deadline_s
+        return float("inf") if deadline_s is None else deadline_s
+
     def _restart(self) -> None:
         epoch = self.scheduler.epoch + self.random.randint(1, 3)
         self.scheduler.restart(epoch)
-        self.rank = FakeRank(self.case.config, epoch)
+        self.rank = FakeRank(self.case.config, epoch, self.salts)
         self.stale += self.results
         self.results.clear()
         self._check()
@@ -314,13 +263,43 @@ class Driver:
         assert scheduler.num_in_flight <= config.max_in_flight
         assert scheduler.num_running <= config.max_num_seqs
         waiting = list(scheduler._waiting)
+        assert len(waiting) == scheduler.num_waiting
         assert all(not any(s.blocks.held) for s in waiting), "a waiting sequence holds blocks"
+        if all(not s.num_in_flight for s in waiting):
+            assert sum(len(s.tokens) for s in waiting) >= scheduler.num_waiting_tokens
         everyone = [*scheduler._running, *waiting]
         assert sorted(s.sequence_id for s in everyone) == sorted(scheduler._sequences)
-        for group in range(len(config.cache.groups)):
-            held = [b for s in scheduler._running for b in s.blocks.held[group]]
-            assert len(held) == len(set(held)), "a block is held twice"
-            assert len(held) == scheduler.num_used_blocks[group], "a block is held by nobody"
+        for group, pool in enumerate(scheduler._pools):
+            held = Counter(b for s in scheduler._running for b in s.blocks.held[group])
+            check_pool(pool, held)
+
+    def _check_stats(self) -> None:
+        stats = self.scheduler.stats
+        rows = [row for plan in self.plans for row in plan.lanes[0].rows]
+        computed = sum(row.count for row in rows)
+        assert (stats.num_running, stats.num_waiting, stats.num_waiting_tokens) == (0, 0, 0)
+        assert stats.num_steps == len(self.plans)
+        assert stats.planned_prefill_tokens + stats.planned_decode_tokens == computed
+        assert stats.num_admitted == len(self.found)
+        assert stats.prefix_hit_tokens == self.num_found <= stats.prefix_queried_tokens
+        ends = Counter(outcome.end[0] for outcome in self.outcomes.values() if outcome.end)
+        ends["stop"] += ends.pop("string", 0)
+        del ends["withdrawn"]
+        assert Counter(stats.finished) == +ends
+        assert stats.num_expired == ends["deadline"]
+
+
+def check_pool(pool: BlockPool, held: Counter[int]) -> None:
+    """Each block is held as often as the pool thinks, or free once; only full ones are shared."""
+    assert dict(held) == {b: n for b, n in enumerate(pool._holders) if n}
+    free = [*pool._blank, *pool._kept]
+    assert sorted([*held, *free]) == list(range(pool.num_blocks))
+    assert pool.num_used == len(held)
+    assert all(block in pool._index for block, count in held.items() if count > 1)
+    assert all(block in pool._index for block in pool._kept)
+    assert not any(block in pool._index for block in pool._blank)
+    blocks, keys = pool._index._block_of, pool._index._key_of
+    assert {block: key for key, block in blocks.items()} == keys and len(keys) == len(blocks)
 
 
 @st.composite
@@ -333,12 +312,13 @@ def configs(draw: st.DrawFn) -> SchedulerConfig:
         draw(st.lists(st.sampled_from([0, 0, 1, 2, 5, 9]), min_size=1, max_size=2))
     ):
         least = peak_blocks(CacheGroup((), window, 0), block_size, max_model_len, 1)
-        num_blocks = least + draw(st.integers(0, 2 * least))
+        num_blocks = least + draw(st.integers(0, 3 * least))
         groups.append(CacheGroup((index,), window, num_blocks))
     num_micro_batches = draw(st.integers(1, 4))
+    max_num_seqs = draw(st.integers(1, 8))
     return SchedulerConfig(
         max_step_tokens=draw(st.integers(1, 40)),
-        max_num_seqs=draw(st.integers(1, 8)),
+        max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
         cache=CacheLayout(block_size, tuple(groups)),
         vocab_size=VOCAB,
@@ -346,55 +326,80 @@ def configs(draw: st.DrawFn) -> SchedulerConfig:
         max_in_flight=num_micro_batches + draw(st.integers(0, 5)),
         recompute_lengths=tuple(sorted(draw(st.sets(st.integers(1, 30), max_size=2)))),
         min_chunk_tokens=draw(st.sampled_from([1, 4, 256])),
+        prefix_caching=draw(st.sampled_from([True, True, True, False])),
+        batching=draw(st.sampled_from(["continuous", "continuous", "dynamic", "static"])),
+        batch_size=draw(st.none() | st.integers(1, max_num_seqs)),
+        batch_window_s=draw(st.sampled_from([0.0, 0.5, 3.0])),
     )
+
+
+def tokens(min_size: int, max_size: int) -> st.SearchStrategy[list[int]]:
+    return st.lists(st.integers(0, VOCAB - 1), min_size=min_size, max_size=max_size)
 
 
 @st.composite
-def jobs(draw: st.DrawFn, sequence_id: int, max_model_len: int) -> Job:
-    num_prompt = draw(st.integers(1, max_model_len - 1))
+def jobs(draw: st.DrawFn, sequence_id: int, max_model_len: int, stems: list[list[int]]) -> Job:
+    """A request whose prompt goes on from where many prompts begin."""
+    stem = draw(st.sampled_from(stems))
+    begin = stem[: draw(st.integers(0, len(stem)))]
+    longest = max_model_len - 1 - len(begin)
+    prompt = begin + draw(tokens(0 if begin else 1, longest))
     rare = st.sampled_from([False, False, False, True])
+    arrival = draw(st.integers(0, 12))
+
+    def sometimes_after(most: int) -> int | None:
+        return arrival + draw(st.integers(0, most)) if draw(rare) else None
+
     request = SequenceRequest(
         sequence_id=sequence_id,
-        prompt_token_ids=tuple(
-            draw(st.lists(st.integers(0, VOCAB - 1), min_size=num_prompt, max_size=num_prompt))
-        ),
-        sampling=SamplingSpec(prompt_logprobs=draw(st.sampled_from([-1, 0]))),
+        prompt_token_ids=tuple(prompt),
+        sampling=SamplingSpec(prompt_logprobs=draw(st.sampled_from([-1, -1, 0]))),
         max_tokens=draw(st.none() | st.integers(1, 20)),
         stop_token_ids=draw(st.sampled_from([(), (STOP,)])),
-        task="pool" if draw(rare) else "generate",
+        task=draw(st.sampled_from(["generate"] * 6 + ["pool_last", "pool_mean"])),
+        priority=draw(st.sampled_from([0, 0, 0, -1, 2])),
+        tenant=draw(st.sampled_from(["", "", "a", "b"])),
+        deadline_s=sometimes_after(10),
+        cache_salt=draw(st.sampled_from(["", "", "", "a"])),
     )
-    arrival = draw(st.integers(0, 12))
-    abort_at = arrival + draw(st.integers(0, 15)) if draw(rare) else None
-    return Job(request, arrival, draw(st.none() | st.integers(1, 6)), abort_at)
+    stop_after = draw(st.none() | st.integers(1, 6))
+    return Job(request, arrival, stop_after, sometimes_after(15), sometimes_after(6))
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     config = draw(configs())
+    stems = draw(st.lists(tokens(1, config.max_model_len - 1), min_size=1, max_size=2))
     # Ids fall while arrivals rise: an order taken from ids would show.
     made = tuple(
-        draw(jobs(100 - 7 * index, config.max_model_len))
+        draw(jobs(100 - 7 * index, config.max_model_len, stems))
         for index in range(draw(st.integers(1, 10)))
     )
     restarts = tuple(sorted(draw(st.sets(st.integers(1, 40), max_size=2))))
     return Case(config, made, draw(st.integers(0, 2**32 - 1)), restarts)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(cases())
 def test_every_request_gets_what_it_would_get_alone(case: Case) -> None:
     driver = Driver(case)
     driver.drive()
     for job in case.jobs:
-        outcome = driver.outcomes[job.request.sequence_id]
+        sequence_id = job.request.sequence_id
+        outcome = driver.outcomes[sequence_id]
         expected = reference(job, case.config)
-        if outcome.end == ("abort", None):
+        if outcome.end in (("deadline", None), ("withdrawn", None)):
+            assert outcome == Outcome(end=outcome.end)
+            assert sequence_id not in driver.found
+        elif outcome.end == ("abort", None):
             num_tokens = len(outcome.token_ids)
             num_prompt_logprobs = len(outcome.prompt_logprobs)
             assert outcome.token_ids == expected.token_ids[:num_tokens]
             assert outcome.prompt_logprobs == expected.prompt_logprobs[:num_prompt_logprobs]
         else:
             assert outcome == expected
+            assert outcome.cached[0] == driver.found[sequence_id]
+            assert not any(outcome.cached[1:])
 
 
 @settings(max_examples=25, deadline=None)
@@ -423,12 +428,10 @@ def crowded_case(**changes: object) -> Case:
                 sequence_id=index, prompt_token_ids=(index % VOCAB,) * 5, max_tokens=40
             ),
             0,
-            None,
-            None,
         )
         for index in range(12)
     )
-    return Case(config, made, 5, ())
+    return Case(config, made, 5)
 
 
 @pytest.mark.parametrize("num_micro_batches", [1, 3])

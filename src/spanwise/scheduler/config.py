@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from typing import Literal
+
 import msgspec
 
 from spanwise.errors import InputError
 from spanwise.types.cache import CacheLayout
+
+Batching = Literal["continuous", "dynamic", "static"]
 
 
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -18,6 +23,11 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     one of ``recompute_lengths`` is computed anew from position 0 (long-RoPE).
     ``min_chunk_tokens``: on a pipeline prompts are cut so that every stage has work, but not
     into chunks smaller than this, since each chunk reads all weights again.
+    ``prefix_caching``: blocks whose tokens were computed before are shared, not computed again.
+    ``batching``: ``continuous`` lets a sequence join whenever there is room. The other two let
+    ``batch_size`` sequences (``max_num_seqs`` unless given) begin together, and none more until
+    all have ended; fewer than that, ``dynamic`` when the oldest has waited for
+    ``batch_window_s``, ``static`` when for so long none has come and none has run.
     Raises InputError for a limit that leaves no way to run.
     """
 
@@ -30,6 +40,10 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_in_flight: int = 2
     recompute_lengths: tuple[int, ...] = ()
     min_chunk_tokens: int = 256
+    prefix_caching: bool = True
+    batching: Batching = "continuous"
+    batch_size: int | None = None
+    batch_window_s: float = 0.1
 
     def __post_init__(self) -> None:
         """Refuse limits under which no sequence could ever run."""
@@ -46,9 +60,19 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
             value = getattr(self, name)
             if value < least:
                 raise InputError(f"{name} must be at least {least}, got {value}; raise it")
+        self._check_batching()
         assert self.cache.groups, "a layout without a cache group cannot be scheduled"
         for group in self.cache.groups:
             if group.num_blocks < 1:
                 raise InputError(
                     "the KV cache has room for no block; give it more memory or lower max_model_len"
                 )
+
+    def _check_batching(self) -> None:
+        size, window_s = self.batch_size, self.batch_window_s
+        if size is not None and not 1 <= size <= self.max_num_seqs:
+            raise InputError(
+                f"batch_size must be from 1 to max_num_seqs {self.max_num_seqs}, got {size}"
+            )
+        if not 0 <= window_s < math.inf:
+            raise InputError(f"batch_window_s must be a number from 0 up, got {window_s}")

@@ -14,6 +14,7 @@ class Draft:
         self.budget = budget
         self.new: list[NewSequence] = []
         self.rows: list[Row] = []
+        self.num_prefill_tokens = 0
 
     def names(self, sequence: Sequence) -> bool:
         """Whether the sequence has a row in this step."""
@@ -23,5 +24,6 @@ class Draft:
         """Plan as much of the sequence as it wants, the budget allows and free blocks hold."""
         room = sequence.blocks.room(sequence.computed)
         count = min(sequence.wanted, self.budget, room)
+        self.num_prefill_tokens += count if sequence.is_prefill else 0
         self.rows.append(sequence.next_row(self.step, count))
         self.budget -= count

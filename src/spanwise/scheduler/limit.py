@@ -17,7 +17,7 @@ def length_limit(request: SequenceRequest, config: SchedulerConfig) -> int:
     _check_tokens(request.prompt_token_ids, config.vocab_size)
     num_prompt = len(request.prompt_token_ids)
     num_known = num_prompt + len(request.output_token_ids)
-    pooled = request.task == "pool"
+    pooled = request.task != "generate"
     longest = config.max_model_len + pooled
     if num_known >= longest:
         raise InputError(

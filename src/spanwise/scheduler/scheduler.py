@@ -1,18 +1,24 @@
-"""The policy: which sequences a step computes, and with which blocks. Pure: no time, no chance."""
+"""The policy: which sequences a step computes, and with which blocks. Pure: no clock, no chance."""
 
 from __future__ import annotations
 
 from bisect import insort
 from collections import deque
+from dataclasses import asdict
 from itertools import chain, islice
 
+from spanwise.scheduler.batching import BatchGate
 from spanwise.scheduler.block_table import BlockTable
 from spanwise.scheduler.blocks import BlockPool
 from spanwise.scheduler.config import SchedulerConfig
+from spanwise.scheduler.deadlines import Deadlines
 from spanwise.scheduler.draft import Draft
 from spanwise.scheduler.limit import length_limit
+from spanwise.scheduler.queue import WaitingQueue
 from spanwise.scheduler.request import SequenceRequest
 from spanwise.scheduler.sequence import Sequence
+from spanwise.scheduler.service import Service
+from spanwise.scheduler.stats import EndReason, SchedulerStats, Tally
 from spanwise.scheduler.update import SequenceUpdate
 from spanwise.types.plan import LanePlan, StepPlan, StepResult
 
@@ -22,10 +28,16 @@ _WATERMARK_SHARE = 100  # admission leaves a hundredth of the blocks to those th
 class Scheduler:
     """One replica's scheduler: sequences in, step plans out, step results in, updates out.
 
-    Plans are to be run in the order given, results to be handed back in that order. The oldest
-    sequence is never held up by a younger one for good, so every sequence ends:
-    waiting and running sequences are kept by age, the head of the waiting is admitted before any
-    other, and only a younger sequence is ever preempted.
+    Plans are to be run in the order given, results to be handed back in that order.
+
+    Of the waiting those with the smallest priority are first; among equals those that were
+    preempted, by age, then the tenant with the least service so far, and within it by age. Who is
+    first is admitted before any other, but lets others pass while a running sequence is about to
+    compute what it can share. Blocks are taken from a running sequence only for a more urgent one
+    that runs: of smaller priority, or of the same and older. So none is held up for good by
+    those of its own priority or a larger one, and every sequence of the smallest priority ends. A
+    larger one is served with what the smaller leave over: as long as they always have something
+    waiting, it may wait for ever.
     """
 
     def __init__(self, config: SchedulerConfig, epoch: int = 0) -> None:
@@ -35,10 +47,14 @@ class Scheduler:
         self._num_arrived = 0
         self._pools = tuple(BlockPool(group.num_blocks) for group in config.cache.groups)
         self._sequences: dict[int, Sequence] = {}
-        self._waiting: deque[Sequence] = deque()
+        self._service = Service()
+        self._waiting = WaitingQueue(self._service)
+        self._gate = BatchGate(config)
+        self._deadlines = Deadlines()
         self._running: list[Sequence] = []
         self._dropped: list[int] = []
         self._in_flight: deque[StepPlan] = deque()
+        self._tally = Tally()
 
     @property
     def epoch(self) -> int:
@@ -49,6 +65,11 @@ class Scheduler:
     def num_waiting(self) -> int:
         """Sequences not admitted yet, or preempted."""
         return len(self._waiting)
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """The tokens of those that wait: what their admission will compute, or find."""
+        return self._waiting.num_tokens
 
     @property
     def num_running(self) -> int:
@@ -62,34 +83,83 @@ class Scheduler:
 
     @property
     def num_used_blocks(self) -> tuple[int, ...]:
-        """Per cache group, the blocks in use."""
+        """Per cache group, the blocks in use; those that only keep a prefix for later are not."""
         return tuple(pool.num_used for pool in self._pools)
+
+    @property
+    def can_start(self) -> bool:
+        """Whether there is a place for one sequence more, and blocks for a short one."""
+        has_seat = len(self._running) < self._config.max_num_seqs and not self._gate.batch
+        return has_seat and all(pool.num_free > self._margin(pool) for pool in self._pools)
+
+    @property
+    def wake_at_s(self) -> float | None:
+        """When time alone will change something: a batch begins, or a deadline passes."""
+        times = (self._gate.opens_at_s, self._deadlines.next_s)
+        return min((time for time in times if time is not None), default=None)
+
+    @property
+    def stats(self) -> SchedulerStats:
+        """What is at hand and what was done."""
+        return SchedulerStats(
+            num_running=self.num_running,
+            num_waiting=self.num_waiting,
+            num_waiting_tokens=self.num_waiting_tokens,
+            used_blocks=self.num_used_blocks,
+            total_blocks=tuple(pool.num_blocks for pool in self._pools),
+            **asdict(self._tally),
+        )
 
     def add(self, request: SequenceRequest) -> None:
         """Queue a sequence. Raises InputError if it could never run here."""
         assert request.sequence_id not in self._sequences, "a sequence id was used twice"
         limit = length_limit(request, self._config)
         blocks = BlockTable(self._config.cache, self._pools)
-        sequence = Sequence(request, self._num_arrived, limit, blocks)
+        sequence = Sequence(request, self._num_arrived, limit, blocks, self._config)
         self._num_arrived += 1
         self._sequences[sequence.sequence_id] = sequence
-        self._waiting.append(sequence)
+        self._waiting.add(sequence)
+        self._gate.enter(sequence.sequence_id)
+        if request.deadline_s is not None:
+            self._deadlines.add(sequence.sequence_id, request.deadline_s)
 
     def abort(self, sequence_id: int) -> None:
         """Forget a sequence and what of it is in flight; no error if it has ended already."""
-        sequence = self._sequences.get(sequence_id)
-        if sequence is not None:
-            self._finish(sequence)
+        self._end_early(sequence_id, "abort")
 
     def stop(self, sequence_id: int) -> None:
         """Finish a sequence whose caller has seen enough (a stop string); nothing follows of it."""
-        self.abort(sequence_id)
+        self._end_early(sequence_id, "stop")
 
-    def next_plan(self) -> StepPlan | None:
+    def expire(self, now_s: float) -> list[SequenceUpdate]:
+        """Drop the sequences whose deadline has come before a step of theirs was planned."""
+        expired = self._deadlines.passed(now_s)
+        for sequence_id in expired:
+            self._finish(self._sequences[sequence_id], "deadline")
+        return [SequenceUpdate(sequence_id=i, finish_reason="deadline") for i in expired]
+
+    def withdrawable(self) -> list[int]:
+        """Those of which no step was planned, the one to be admitted last first."""
+        waiting = [sequence.sequence_id for sequence in self._waiting.fresh()][::-1]
+        batch = self._gate.batch or ()
+        return sorted(waiting, key=lambda sequence_id: sequence_id in batch)
+
+    def withdraw(self, sequence_id: int) -> SequenceRequest | None:
+        """Take back a sequence to run it elsewhere; None if it has begun or ended."""
+        sequence = self._sequences.get(sequence_id)
+        if sequence is None or sequence.has_begun:
+            return None
+        self._forget(sequence)
+        return sequence.request
+
+    def next_plan(self, now_s: float = 0.0) -> StepPlan | None:
         """Plan the next step; None when the window is full or all waits on steps in flight.
 
-        Never None while nothing is in flight and a sequence is unfinished.
+        Never None while nothing is in flight and a sequence is unfinished, unless all unfinished
+        ones wait for a batch to begin: see ``wake_at_s``. ``now_s`` is on any clock, and only
+        looked at where batches are formed.
         """
+        self._gate.look(now_s, self._waiting)
         if len(self._in_flight) >= self._config.max_in_flight:
             return None
         self._preempt_outgrown()
@@ -119,8 +189,9 @@ class Scheduler:
                 update = sequence.accept(row, sampled) if sequence else None
                 if sequence and update:
                     updates.append(update)
+                    self._service.charge(sequence.request.tenant, len(update.token_ids))
                     if update.finish_reason:
-                        self._finish(sequence)
+                        self._finish(sequence, update.finish_reason)
         return updates
 
     def restart(self, epoch: int) -> None:
@@ -133,10 +204,13 @@ class Scheduler:
         self._step = 0
         self._in_flight.clear()
         self._dropped.clear()
-        self._running.clear()
         for sequence in self._sequences.values():
             sequence.forget_in_flight()
-        self._waiting = deque(sorted(self._sequences.values(), key=_arrival))
+        for sequence in self._running:
+            self._waiting.add(sequence)
+        self._running.clear()
+        for pool in self._pools:
+            pool.forget()
 
     # Planning, in the order of `next_plan`.
 
@@ -171,8 +245,8 @@ class Scheduler:
         if config.num_micro_batches == 1:
             return config.max_step_tokens
         parts = 2 * config.num_micro_batches
-        first_waiting = islice(self._waiting, config.max_num_seqs)
-        tokens = sum(s.wanted for s in chain(self._running, first_waiting) if s.wanted > 1)
+        some_waiting = islice(self._waiting, config.max_num_seqs)
+        tokens = sum(s.wanted for s in chain(self._running, some_waiting) if s.wanted > 1)
         return max(config.min_chunk_tokens, -(-tokens // parts))
 
     def _plan_chunks(self, draft: Draft) -> None:
@@ -183,18 +257,48 @@ class Scheduler:
                 draft.add(sequence)
 
     def _admit(self, draft: Draft) -> None:
-        """Admit by age while blocks for all tokens known of the next sequence are free.
+        """Admit by turn while blocks for all tokens known of the next sequence are free.
 
-        Prompts admitted before have theirs: one that is not through has used up the budget.
+        Prompts admitted before have theirs: one that is not through has used up the budget. Who
+        would compute again what a running prompt is about to compute lets others pass until it is
+        planned, and shares it.
         """
-        while self._waiting and draft.budget and len(self._running) < self._config.max_num_seqs:
-            sequence = self._waiting[0]
-            if sequence.num_in_flight or not self._can_hold(sequence):
+        if not self._has_place(draft):
+            return
+        upcoming = [block for s in self._running if (block := s.upcoming_block())]
+        passed_over: set[int] = set()
+        while self._has_place(draft):
+            sequence = self._waiting.first(passed_over, self._gate.batch)
+            if sequence is None or sequence.num_in_flight:
                 return
-            self._waiting.popleft()
-            insort(self._running, sequence, key=_arrival)
-            draft.new.append(sequence.introduce(self._config.recompute_lengths))
-            draft.add(sequence)
+            keys = sequence.reusable_keys()
+            found = keys[: sequence.blocks.match(keys)]
+            priority = sequence.request.priority
+            if any(b.is_worth_waiting_for(keys, len(found), priority) for b in upcoming):
+                passed_over.add(sequence.sequence_id)
+                continue
+            if not self._can_hold(sequence, found):
+                return
+            self._begin(sequence, found, draft)
+            if block := sequence.upcoming_block():
+                upcoming.append(block)
+
+    def _has_place(self, draft: Draft) -> bool:
+        has_seat = len(self._running) < self._config.max_num_seqs
+        return bool(self._waiting) and draft.budget > 0 and has_seat
+
+    def _begin(self, sequence: Sequence, found: list[bytes], draft: Draft) -> None:
+        """Admit a sequence that there is room for; what is found costs its tenant nothing."""
+        self._waiting.remove(sequence)
+        insort(self._running, sequence, key=_urgency)
+        is_first = not sequence.has_begun
+        draft.new.append(sequence.introduce(found))
+        if is_first:
+            num_new = len(sequence.tokens) - sequence.computed
+            self._service.admit(sequence.request.tenant, num_new)
+            self._deadlines.discard(sequence.sequence_id)
+        self._tally.admitted(sequence, is_first)
+        draft.add(sequence)
 
     def _emit(self, draft: Draft) -> StepPlan:
         lane = LanePlan(tuple(self._dropped), tuple(draft.new), tuple(draft.rows))
@@ -202,12 +306,13 @@ class Scheduler:
         self._dropped.clear()
         self._in_flight.append(plan)
         self._step += 1
+        self._tally.planned(draft)
         return plan
 
     # Blocks.
 
-    def _can_hold(self, sequence: Sequence) -> bool:
-        needed = sequence.blocks.needed(sequence.end, self._config.max_step_tokens)
+    def _can_hold(self, sequence: Sequence, found: list[bytes]) -> bool:
+        needed = sequence.blocks.needed(sequence.end, self._config.max_step_tokens, found)
         return all(
             count + self._margin(pool) <= pool.num_free
             for count, pool in zip(needed, self._pools, strict=True)
@@ -219,33 +324,46 @@ class Scheduler:
     def _make_room(self, sequence: Sequence, draft: Draft) -> bool:
         """Get a place for the sequence's next position; False if it has to wait for one.
 
-        Takes it from the youngest first, never from an older one or one that has its row already.
+        Takes it from the least urgent first, never from a more urgent one or one that has its row
+        already.
         """
         while sequence.blocks.room(sequence.computed) <= 0:
             victim = next(s for s in reversed(self._running) if not draft.names(s))
             if victim is sequence:
                 return False
             self._preempt(victim)
+            self._tally.num_preemptions += 1
         return True
 
     # The life of a sequence.
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Drop what is computed of it; it is admitted again by age, once nothing is in flight."""
+        """Drop what is computed of it; it is admitted again by turn, once nothing is in flight."""
         self._running.remove(sequence)
         self._dropped.append(sequence.sequence_id)
         sequence.rewind()
-        insort(self._waiting, sequence, key=_arrival)
+        self._waiting.add(sequence)
 
-    def _finish(self, sequence: Sequence) -> None:
+    def _end_early(self, sequence_id: int, reason: EndReason) -> None:
+        sequence = self._sequences.get(sequence_id)
+        if sequence is not None:
+            self._finish(sequence, reason)
+
+    def _finish(self, sequence: Sequence, reason: EndReason) -> None:
+        self._forget(sequence)
+        self._tally.finished[reason] = self._tally.finished.get(reason, 0) + 1
+
+    def _forget(self, sequence: Sequence) -> None:
         if sequence.is_running:
             self._running.remove(sequence)
             self._dropped.append(sequence.sequence_id)
         else:
             self._waiting.remove(sequence)
         sequence.rewind()
+        self._gate.leave(sequence.sequence_id)
+        self._deadlines.discard(sequence.sequence_id)
         del self._sequences[sequence.sequence_id]
 
 
-def _arrival(sequence: Sequence) -> int:
-    return sequence.arrival
+def _urgency(sequence: Sequence) -> tuple[int, int]:
+    return sequence.urgency

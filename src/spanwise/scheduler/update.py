@@ -13,6 +13,8 @@ class SequenceUpdate(msgspec.Struct, frozen=True, kw_only=True):
 
     ``prompt_logprobs`` go on where the last update's ended; the first is that of position 1.
     ``stop_reason`` is the token id that ended a sequence with reason "stop" (None for pooling).
+    ``num_cached_tokens``: how many of the prompt were found computed when the sequence began; told
+    once, with its first update.
     After an update with a ``finish_reason`` the scheduler knows the sequence no more.
     """
 
@@ -23,3 +25,4 @@ class SequenceUpdate(msgspec.Struct, frozen=True, kw_only=True):
     pooled: tuple[float, ...] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
+    num_cached_tokens: int = 0

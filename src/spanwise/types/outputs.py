@@ -8,7 +8,8 @@ import msgspec
 
 from spanwise.types.plan import TokenLogprobs
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "deadline"]
+"""``deadline``: the request's time was up before it had its first step."""
 
 
 class CompletionOutput(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,14 +15,15 @@ import msgspec
 
 from spanwise.types.sampling import SamplingSpec
 
-TaskKind = Literal["generate", "pool"]
+TaskKind = Literal["generate", "pool_last", "pool_mean"]
 
 
 class NewSequence(msgspec.Struct, frozen=True, array_like=True):
     """First mention of a sequence in an epoch (also after preemption): everything known of it.
 
     ``token_ids`` are the prompt and every token accepted so far; the first ``num_prompt`` are the
-    prompt. ``pool`` sequences give the last position's hidden state instead of a token.
+    prompt. Instead of a token, ``pool_last`` sequences give the last position's hidden state, and
+    ``pool_mean`` sequences the mean over all positions.
     """
 
     sequence_id: int

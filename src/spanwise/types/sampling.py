@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -12,6 +12,16 @@ from spanwise.errors import InputError
 
 MAX_SEED = 2**63 - 1
 _MAX_CHOICES = 64
+
+
+class Grammar(msgspec.Struct, frozen=True, array_like=True):
+    """What an answer's text must match: a JSON schema, a regular expression, or a Lark grammar.
+
+    The schema ``{"type": "object"}`` asks for any JSON object.
+    """
+
+    kind: Literal["json_schema", "regex", "lark"]
+    text: str
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -39,6 +49,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         """Raise InputError for a value outside its range."""
@@ -100,6 +111,7 @@ class SamplingSpec(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int = -1
     prompt_logprobs: int = -1
+    grammar: Grammar | None = None
 
 
 def _whole(name: str, value: Any, low: int, high: int) -> None:
