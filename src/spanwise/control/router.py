@@ -1,30 +1,182 @@
-"""Which replica takes a sequence."""
+"""Which replica takes a sequence, and which waiting sequences change theirs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 
-class Router:
-    """Gives each sequence to the replica with the fewest outstanding tokens, ties to the first.
+import msgspec
 
-    A sequence counts with the tokens it may still need: its prompt and what it may generate.
+from spanwise.control.prefixes import PrefixMemory
+
+# A match spares the sequence the wait for these tokens, and the replicas together the work.
+_MATCH_WEIGHT = 2
+
+
+class ReplicaQueue(msgspec.Struct, frozen=True):
+    """What one replica has waiting.
+
+    ``waiting``: sequences of which no step has begun, in the order they would be withdrawn.
+    ``can_start``: whether one sequence more could begin with the next step.
     """
 
-    def __init__(self, num_replicas: int) -> None:
-        self._outstanding = [0] * num_replicas
-        self._placed: dict[int, tuple[int, int]] = {}
+    waiting: tuple[int, ...] = ()
+    can_start: bool = False
 
-    def assign(self, sequence_id: int, num_tokens: int) -> int:
-        """Choose a replica for a new sequence."""
-        replica = min(range(len(self._outstanding)), key=lambda r: self._outstanding[r])
-        self._outstanding[replica] += num_tokens
-        self._placed[sequence_id] = (replica, num_tokens)
-        return replica
+
+class Move(msgspec.Struct, frozen=True, array_like=True):
+    """A waiting sequence that is to change its replica."""
+
+    sequence_id: int
+    source: int
+    target: int
+
+
+class _Placed(msgspec.Struct, frozen=True):
+    """Where a sequence is; ``match`` prompt tokens were remembered there when it came.
+
+    ``left`` are the replicas it was moved away from.
+    """
+
+    replica: int
+    num_tokens: int
+    prefix: tuple[bytes, ...]
+    match: int
+    left: frozenset[int]
+
+    @property
+    def cost(self) -> int:
+        """The tokens its replica is expected to compute for it."""
+        return self.num_tokens - self.match
+
+
+class Router:
+    """Gives each sequence to the available replica with the least outstanding - 2 * match tokens.
+
+    Ties go to the longer match, then to the first replica. ``outstanding`` counts for each
+    sequence the tokens it may still need (its prompt and what it may generate) less those that
+    matched; ``match`` are the leading prompt tokens the replica has lately been given. So the
+    replica with the longest match takes the sequence unless it has more outstanding than the least
+    loaded one by over twice the tokens the match saves: once for the sequence, which need not wait
+    for them, and once for all, who are spared the work. Choices of one request share their prompt,
+    and stay together by the same rule.
+
+    ``block_size`` is the tokens of one prefix block; of each replica ``max_prefix_blocks`` are
+    remembered, best as many as its cache holds.
+    """
+
+    def __init__(
+        self, num_replicas: int, block_size: int = 16, max_prefix_blocks: int = 1 << 15
+    ) -> None:
+        self._block_size = block_size
+        self._outstanding = [0] * num_replicas
+        self._available = [True] * num_replicas
+        self._prefixes = [PrefixMemory(max_prefix_blocks) for _ in range(num_replicas)]
+        self._placed: dict[int, _Placed] = {}
+
+    @property
+    def outstanding(self) -> tuple[int, ...]:
+        """Per replica, the tokens its sequences may still need."""
+        return tuple(self._outstanding)
+
+    def assign(self, sequence_id: int, num_tokens: int, prefix: Sequence[bytes] = ()) -> int:
+        """Choose a replica for a new sequence.
+
+        ``prefix`` are the keys of the prompt's full blocks, each key standing for its block and
+        all before it. Where no replica is available the sequence goes to one that is not, to wait.
+        """
+        assert sequence_id not in self._placed, "a sequence was assigned twice"
+        assert len(prefix) * self._block_size <= num_tokens, "a prefix outgrows its sequence"
+        replicas = range(len(self._outstanding))
+        candidates = [r for r in replicas if self._available[r]] or replicas
+        chosen = self._best(candidates, prefix)
+        self._put(sequence_id, chosen, num_tokens, tuple(prefix), frozenset())
+        return chosen
 
     def replica_of(self, sequence_id: int) -> int:
         """The replica a sequence was given to."""
-        return self._placed[sequence_id][0]
+        return self._placed[sequence_id].replica
 
     def release(self, sequence_id: int) -> None:
         """A sequence has ended."""
-        replica, num_tokens = self._placed.pop(sequence_id)
-        self._outstanding[replica] -= num_tokens
+        placed = self._placed.pop(sequence_id)
+        self._outstanding[placed.replica] -= placed.cost
+
+    def set_available(self, replica: int, is_available: bool) -> None:
+        """Take a replica out, or put it back. Its sequences stay its own until they are moved.
+
+        One taken out is expected to come back with an empty cache.
+        """
+        self._available[replica] = is_available
+        if not is_available:
+            self._prefixes[replica].forget()
+
+    def moves(self, queues: Sequence[ReplicaQueue]) -> list[Move]:
+        """Decide which waiting sequences move to idle replicas; carry each out, then ``move`` it.
+
+        ``queues`` has one entry for each replica. Idle is an available replica that could start a
+        sequence and has none waiting; it gets one at most, ask again for more. Replicas that are
+        out give first, then those with the most outstanding, and keep what they could start
+        themselves. A sequence stays where what is before it is less than twice the match it would
+        lose, and never goes back to a replica it was moved away from, unless its own is out.
+        """
+        idle = [r for r, queue in enumerate(queues) if self._is_idle(r, queue)]
+        donors = [r for r, queue in enumerate(queues) if queue.waiting]
+        donors.sort(key=lambda r: (self._available[r], -self._outstanding[r]))
+        moves = []
+        for source in donors:
+            load = self._outstanding[source]
+            for sequence_id in self._spare(source, queues[source]):
+                placed = self._placed[sequence_id]
+                assert placed.replica == source, f"sequence {sequence_id} waits somewhere else"
+                targets = [r for r in idle if self._gains(placed, load, r)]
+                if targets:
+                    target = self._best(targets, placed.prefix)
+                    moves.append(Move(sequence_id, source, target))
+                    idle.remove(target)
+                    load -= placed.cost
+        return moves
+
+    def move(self, sequence_id: int, target: int) -> None:
+        """A sequence that had not begun waits at another replica now."""
+        placed = self._placed[sequence_id]
+        assert target != placed.replica, f"sequence {sequence_id} is there already"
+        self.release(sequence_id)
+        left = placed.left | {placed.replica}
+        self._put(sequence_id, target, placed.num_tokens, placed.prefix, left)
+
+    def _put(
+        self,
+        sequence_id: int,
+        replica: int,
+        num_tokens: int,
+        prefix: tuple[bytes, ...],
+        left: frozenset[int],
+    ) -> None:
+        placed = _Placed(replica, num_tokens, prefix, self._match(replica, prefix), left)
+        self._placed[sequence_id] = placed
+        self._outstanding[replica] += placed.cost
+        self._prefixes[replica].remember(prefix)
+
+    def _match(self, replica: int, prefix: Sequence[bytes]) -> int:
+        return self._block_size * self._prefixes[replica].match(prefix)
+
+    def _best(self, replicas: Sequence[int], prefix: Sequence[bytes]) -> int:
+        def rank(replica: int) -> tuple[int, int]:
+            match = self._match(replica, prefix)
+            return self._outstanding[replica] - _MATCH_WEIGHT * match, -match
+
+        return min(replicas, key=rank)
+
+    def _is_idle(self, replica: int, queue: ReplicaQueue) -> bool:
+        return self._available[replica] and queue.can_start and not queue.waiting
+
+    def _spare(self, replica: int, queue: ReplicaQueue) -> tuple[int, ...]:
+        starts_one = self._available[replica] and queue.can_start
+        return queue.waiting[: len(queue.waiting) - starts_one]
+
+    def _gains(self, placed: _Placed, load: int, target: int) -> bool:
+        """Whether a sequence at a replica with ``load`` tokens outstanding is better off there."""
+        if not self._available[placed.replica]:
+            return True
+        lost = placed.match - self._match(target, placed.prefix)
+        return target not in placed.left and load - placed.cost >= _MATCH_WEIGHT * lost
