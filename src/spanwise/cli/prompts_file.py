@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from spanwise.cli.grammar_fields import FIELDS, one_grammar
 from spanwise.errors import InputError
 from spanwise.types.sampling import SamplingParams
 
@@ -71,7 +72,11 @@ def _read(name: str) -> bytes:
 def _job(where: str, line: bytes, defaults: Mapping[str, Any]) -> Job:
     try:
         fields = msgspec.json.decode(line, type=dict[str, Any])
-        return msgspec.convert({**defaults, **fields}, _Line, str_keys=True).job()
+        others = {name: value for name, value in defaults.items() if name != "grammar"}
+        own = {name: fields.pop(name) for name in FIELDS if name in fields}
+        grammar = one_grammar(own) if own else defaults.get("grammar")
+        job = msgspec.convert({**others, **fields}, _Line, str_keys=True).job()
+        return job._replace(params=msgspec.structs.replace(job.params, grammar=grammar))
     except msgspec.ValidationError as error:
         raise InputError(f"{where}: {error}; spanwise run --help shows what a line is") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""Every field of ``SamplingParams`` as a flag of its own name."""
+"""Every field of ``SamplingParams`` as a flag of its own name, and two names more for grammars."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Annotated, Any
 import msgspec
 from cyclopts import Group, Parameter
 
+from spanwise.cli.grammar_fields import FIELDS, one_grammar, read_file
 from spanwise.cli.numbers import parse_whole_numbers
 from spanwise.errors import InputError
+from spanwise.types.sampling import Grammar
 
 
 @Parameter(name="*", group=Group("Sampling", sort_key=20))
@@ -73,6 +75,18 @@ class SamplingFlags:
     skip_special_tokens: Annotated[
         bool | None, Parameter(help="Leave special tokens out of the text. Default: yes.")
     ] = None
+    json_schema: Annotated[
+        str | None, Parameter(help="Answers are JSON of this schema; @FILE reads it.")
+    ] = None
+    regex: Annotated[
+        str | None,
+        Parameter(
+            allow_leading_hyphen=True, help="Answers match this regular expression, as a whole."
+        ),
+    ] = None
+    grammar: Annotated[
+        str | None, Parameter(help="Answers match this Lark grammar; @FILE reads it.")
+    ] = None
 
     def given(self) -> dict[str, Any]:
         """Give the fields of ``SamplingParams`` that were set. Raises InputError."""
@@ -84,7 +98,15 @@ class SamplingFlags:
             given["stop_token_ids"] = parse_whole_numbers("--stop-token-ids", self.stop_token_ids)
         if self.logit_bias is not None:
             given["logit_bias"] = _logit_bias(self.logit_bias)
+        if (grammar := self._grammar({name: given.pop(name, None) for name in FIELDS})) is not None:
+            given["grammar"] = grammar
         return given
+
+    def _grammar(self, texts: dict[str, str | None]) -> Grammar | None:
+        for name in ("json_schema", "grammar"):
+            if (text := texts[name]) is not None:
+                texts[name] = read_file(f"--{name.replace('_', '-')}", text)
+        return one_grammar(texts)
 
 
 def _logit_bias(text: str) -> dict[int, float]:

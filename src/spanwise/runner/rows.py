@@ -20,12 +20,14 @@ class WantedLogits:
     """Which of the step's gathered logits a row reads.
 
     ``prompt`` are those after positions whose next token is a prompt token to be scored;
-    ``last`` is the one a token is drawn from, -1 for none.
+    ``last`` is the one a token is drawn from, -1 for none. ``pooled`` are those whose hidden states
+    a pooling sequence takes.
     """
 
     row: Row
     prompt: range
     last: int
+    pooled: range
 
 
 class BatchBuilder:
@@ -106,12 +108,16 @@ def _wanted(rows: Sequence[Row], known: SequenceTable) -> tuple[list[WantedLogit
         if intro.sampling.prompt_logprobs >= 0:
             scored = max(0, min(row.count, intro.num_prompt - 1 - row.start))
         begin = len(index)
-        index += range(offset, offset + scored)
+        gathered = row.count if intro.task == "pool_mean" else scored
+        index += range(offset, offset + gathered)
         last = -1
         if row.sample:
-            if scored < row.count:
+            if gathered < row.count:
                 index.append(offset + row.count - 1)
             last = len(index) - 1
-        wanted.append(WantedLogits(row, range(begin, begin + scored), last))
+        pooled = range(begin, len(index)) if intro.task == "pool_mean" else range(0)
+        if intro.task == "pool_last" and row.sample:
+            pooled = range(last, last + 1)
+        wanted.append(WantedLogits(row, range(begin, begin + scored), last, pooled))
         offset += row.count
     return wanted, index

@@ -11,6 +11,7 @@ import torch
 from spanwise.comm.communicator import RankComm
 from spanwise.model.shard import Shard
 from spanwise.runner.cache import attach_stores
+from spanwise.runner.constraints import Constraints
 from spanwise.runner.logprobs import prompt_logprobs
 from spanwise.runner.rows import BatchBuilder, WantedLogits
 from spanwise.runner.sampling import SampleRow, sample
@@ -59,6 +60,7 @@ class Runner:
         stores = attach_stores(arena, shard.layer_caches, spec.cache, shard.dtype)
         shard.join(comm.tp, stores)
         self._known = SequenceTable(spec.cache)
+        self._constraints = Constraints(spec.shard.folder)
         self._builder = BatchBuilder(spec.cache, spec.shard.num_layers, self._device)
         self._awaited: deque[_AwaitedTokens] = deque()
 
@@ -128,9 +130,8 @@ class Runner:
     # -- sampling --------------------------------------------------------------------------------
 
     def _sample(self, logits: torch.Tensor, wanted: list[WantedLogits]) -> LaneResult:
-        logits = logits.float()
         drawing = [w for w in wanted if self._draws(w.row)]
-        rows = [self._sample_row(w.row) for w in drawing]
+        rows = [self._sample_row(w.row, logits.shape[1]) for w in drawing]
         token_ids, logprobs = sample(logits[[w.last for w in drawing]], rows)
         for w, token_id in zip(drawing, token_ids, strict=True):
             self._known[w.row.sequence_id].token_ids.append(token_id)
@@ -152,12 +153,13 @@ class Runner:
             )
         return LaneResult(tuple(results))
 
-    def _sample_row(self, row: Row) -> SampleRow:
+    def _sample_row(self, row: Row, vocab_size: int) -> SampleRow:
         sequence = self._known[row.sequence_id]
         end = row.start + row.count
         assert end == len(sequence.token_ids), "a token is drawn that others follow already"
         intro = sequence.intro
-        return SampleRow(intro.sampling, end, sequence.token_ids, intro.num_prompt)
+        allowed = self._constraints.allowed(sequence, vocab_size)
+        return SampleRow(intro.sampling, end, sequence.token_ids, intro.num_prompt, allowed)
 
     def _score_prompt(
         self, logits: torch.Tensor, wanted: WantedLogits
@@ -170,6 +172,12 @@ class Runner:
         return prompt_logprobs(logits[wanted.prompt.start : wanted.prompt.stop], following, num_top)
 
     def _pool(self, wanted: WantedLogits) -> tuple[float, ...] | None:
-        if not wanted.row.sample or self._draws(wanted.row):
+        row, pooled = wanted.row, wanted.pooled
+        if not pooled:
             return None
-        return tuple(self._shard.last_hidden[wanted.last].float().tolist())
+        sequence = self._known[row.sequence_id]
+        sequence.pool.add(self._shard.last_hidden[pooled.start : pooled.stop])
+        if not row.sample:
+            return None
+        is_mean = sequence.intro.task == "pool_mean"
+        return sequence.pool.mean(row.start + row.count if is_mean else 1)

@@ -14,6 +14,7 @@ import torch
 
 from spanwise.runner.filters import keep_min_p, keep_top_k, keep_top_p
 from spanwise.runner.logprobs import token_logprobs
+from spanwise.runner.mask import keep_allowed
 from spanwise.runner.mass import centred, slabs
 from spanwise.runner.noise import MAX_NOISE, gumbel_noise, stream_key
 from spanwise.runner.penalties import adjust, needs_adjusting
@@ -33,13 +34,15 @@ class SampleRow:
     """One token to draw: the one at index ``position`` of the sequence.
 
     ``token_ids`` are the ``position`` tokens before it, the first ``num_prompt`` of them the
-    prompt; they are read only where ``needs_adjusting(spec)``.
+    prompt; they are read only where ``needs_adjusting(spec)``. ``allowed``: the tokens that may be
+    drawn, as ``keep_allowed`` takes them; None for all.
     """
 
     spec: SamplingSpec
     position: int
     token_ids: Sequence[int]
     num_prompt: int
+    allowed: bytes | None = None
 
 
 def sample(
@@ -47,9 +50,10 @@ def sample(
 ) -> tuple[list[int], list[TokenLogprobs | None]]:
     """Draw one token per row of ``logits`` [rows, vocab], any float dtype; fp32 and up inside.
 
-    Bias, minimum length and penalties come first, then temperature, top_k, top_p, min_p. A row
-    of temperature 0 takes the largest logit, the smallest id among equals. Log probabilities are
-    those of the logits as given.
+    Bias, minimum length and penalties come first, then what is allowed, which none of them can
+    overrule (so a stop token is drawn before the minimum length where nothing else is allowed),
+    then temperature, top_k, top_p, min_p. A row of temperature 0 takes the largest logit, the
+    smallest id among equals. Log probabilities are those of the logits as given.
     """
     raw = logits.float()
     adjusted = _adjusted(raw, rows)
@@ -64,12 +68,14 @@ def sample(
 
 def _adjusted(logits: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
     changed = [index for index, row in enumerate(rows) if needs_adjusting(row.spec)]
-    if not changed:
+    allowed = {index: row.allowed for index, row in enumerate(rows) if row.allowed is not None}
+    if not changed and not allowed:
         return logits
     logits = logits.clone()
     for index in changed:
         row = rows[index]
         adjust(logits[index], row.spec, row.token_ids, row.num_prompt)
+    keep_allowed(logits, list(allowed), list(allowed.values()))
     return logits
 
 

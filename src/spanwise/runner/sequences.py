@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from spanwise.runner.grammar import AnswerMatcher
+from spanwise.runner.pooling import Pool
 from spanwise.types.cache import CacheLayout
 from spanwise.types.plan import LanePlan, NewSequence, Row
 
@@ -15,11 +17,15 @@ class KnownSequence:
     """One sequence: its tokens as far as this rank knows them, and its slots in each cache group.
 
     ``slots[g]`` ``[n]``: the cache slot of each position the block table covers, in host memory.
+    ``matcher`` follows its grammar from the first draw on, ``pool`` is what it has pooled so far;
+    both begin anew when the sequence is introduced anew.
     """
 
     intro: NewSequence
     token_ids: list[int]
     slots: list[torch.Tensor]
+    matcher: AnswerMatcher | None = None
+    pool: Pool = field(default_factory=Pool)
 
 
 class SequenceTable:
