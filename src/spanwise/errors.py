@@ -29,11 +29,15 @@ class PlanError(ModelError):
 
 
 class OverloadedError(SpanwiseError):
-    """There is no room for the request now; ``retry_after_s`` says when there may be."""
+    """There is no room for the request now; ``retry_after_s`` says when there may be.
 
-    def __init__(self, message: str, retry_after_s: float) -> None:
+    ``of_tenant``: it is the tenant that has enough, others are taken.
+    """
+
+    def __init__(self, message: str, retry_after_s: float = 1.0, of_tenant: bool = False) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+        self.of_tenant = of_tenant
 
 
 class EngineError(SpanwiseError):

@@ -89,7 +89,7 @@ def test_ranks_with_a_card_each_meet_at_a_store_that_ends_after_them() -> None:
         replica.workers[0].close()  # a rank is gone, the store is not
         assert connect_store(listening.laddr.port, 10.0).get("rank 0") == b"came"
         store = replica.store
-        own.release([replica], 1.0)
+        replica.close(1.0)
         assert not store.is_alive()
     finally:
         own.shutdown()

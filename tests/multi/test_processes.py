@@ -411,7 +411,7 @@ def test_closing_breaks_collectives(supervisor: Supervisor) -> None:
     started = time.monotonic()
     executor.close()
     assert time.monotonic() - started < 10.0, "they were ended by force"
-    assert "exit code" in replica.explain(replica.workers[0])
+    assert "exit code" in replica.explain(0)
 
 
 def test_a_worker_killed_between_steps_is_seen_without_a_plan(supervisor: Supervisor) -> None:

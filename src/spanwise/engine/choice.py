@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from spanwise.engine.detokenizer import Detokenizer
+from spanwise.engine.tokenizer import Tokenizer
 from spanwise.scheduler.update import SequenceUpdate
 from spanwise.types.outputs import CompletionOutput, FinishReason, RequestOutput
 from spanwise.types.plan import TokenLogprobs
 from spanwise.types.sampling import SamplingParams
+from spanwise.types.serving import ChoiceDelta
 
 
 @dataclass
@@ -22,6 +24,8 @@ class Choice:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    _told_tokens: int = 0
+    _told_characters: int = 0
 
     def take(self, update: SequenceUpdate) -> bool:
         """Take news of the sequence; True where a stop string ended it before the scheduler did."""
@@ -44,6 +48,20 @@ class Choice:
                 self.finish_reason, self.stop_reason = "stop", self.detokenizer.stopped_by
         return False
 
+    def delta(self) -> ChoiceDelta:
+        """What is new since the last delta."""
+        first, begin = self._told_tokens, self._told_characters
+        end = self.detokenizer.num_settled
+        self._told_tokens, self._told_characters = len(self.token_ids), end
+        return ChoiceDelta(
+            index=self.index,
+            text=self.detokenizer.text[begin:end],
+            token_ids=tuple(self.token_ids[first:]),
+            logprobs=tuple(self.logprobs[first:]),
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+        )
+
     def output(self, wants_logprobs: bool) -> CompletionOutput:
         """The choice as it stands."""
         return CompletionOutput(
@@ -56,6 +74,17 @@ class Choice:
         )
 
 
+def new_choice(
+    index: int, sequence_id: int, tokenizer: Tokenizer, params: SamplingParams
+) -> Choice:
+    """A choice that has no token yet."""
+    return Choice(
+        index,
+        sequence_id,
+        Detokenizer(tokenizer, params.skip_special_tokens, params.stop_strings, params.min_tokens),
+    )
+
+
 @dataclass
 class LiveRequest:
     """A request that has been admitted."""
@@ -66,6 +95,14 @@ class LiveRequest:
     params: SamplingParams
     choices: list[Choice]
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
+    _told_prompt_logprobs: int = 0
+
+    def new_prompt_logprobs(self) -> tuple[TokenLogprobs | None, ...]:
+        """Those that have come since the last call; none where none were asked for."""
+        if self.params.prompt_logprobs is None:
+            return ()
+        first, self._told_prompt_logprobs = self._told_prompt_logprobs, len(self.prompt_logprobs)
+        return tuple(self.prompt_logprobs[first:])
 
     @property
     def finished(self) -> bool:

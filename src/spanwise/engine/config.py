@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import msgspec
 
+from spanwise.control.admission import AdmissionLimits
 from spanwise.errors import InputError
 from spanwise.layout.request import LayoutRequest
+from spanwise.scheduler.config import Batching
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """A model, devices, a layout and limits; None leaves a choice to the engine.
 
-    ``kv_cache_memory`` is in bytes, for all devices of one host together.
+    ``kv_cache_memory`` is in bytes, for all devices of one host together. ``batching`` and its
+    two limits are the scheduler's, see ``SchedulerConfig``.
     """
 
     model: str
@@ -23,6 +29,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_step_tokens: int = 512
     block_size: int = 16
     kv_cache_memory: int | None = None
+    prefix_caching: bool = True
+    batching: Batching = "continuous"
+    batch_size: int | None = None
+    batch_window_s: float = 0.1
 
     def __post_init__(self) -> None:
         """Raise InputError for a limit below 1."""
@@ -31,3 +41,35 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}")
+
+
+def engine_config(
+    model: str,
+    *,
+    tensor_parallel_size: int | None = None,
+    pipeline_parallel_size: int | None = None,
+    data_parallel_size: int | None = None,
+    enable_expert_parallel: bool = False,
+    pp_layers: Sequence[int] | None = None,
+    **limits: Any,
+) -> EngineConfig:
+    """The config for arguments as ``LLM`` takes them. Raises InputError."""
+    layout = LayoutRequest(
+        tensor_parallel_size=tensor_parallel_size,
+        pipeline_parallel_size=pipeline_parallel_size,
+        data_parallel_size=data_parallel_size,
+        enable_expert_parallel=enable_expert_parallel,
+        pp_layers=None if pp_layers is None else tuple(pp_layers),
+    )
+    return EngineConfig(model=str(model), layout=layout, **limits)
+
+
+class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """An engine in processes of its own, and how much may wait for it.
+
+    ``silent_after_s``: a rank that has not answered for so long is not healthy.
+    """
+
+    engine: EngineConfig
+    admission: AdmissionLimits = AdmissionLimits()
+    silent_after_s: float = 15.0

@@ -31,6 +31,7 @@ class Detokenizer:
         self._shown = 0  # tokens whose text is in self.text
         self.text = ""
         self.stopped_by: str | None = None
+        self._has_ended = False
 
     def add(self, token_ids: Sequence[int]) -> str | None:
         """Take tokens one by one; return the stop string met, after which no more is taken."""
@@ -42,8 +43,16 @@ class Detokenizer:
 
     def finish(self) -> None:
         """The choice has ended: show what was held back."""
+        self._has_ended = True
         if self.stopped_by is None:
             self._grow(final=True)
+
+    @property
+    def num_settled(self) -> int:
+        """Characters of ``text`` that will stay, whatever comes: none that may begin a stop."""
+        if self._has_ended or self.stopped_by is not None:
+            return len(self.text)
+        return len(self.text) - max((_begun(stop, self.text) for stop in self._stop), default=0)
 
     @property
     def num_tokens(self) -> int:
@@ -81,3 +90,9 @@ class Detokenizer:
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(token_ids, self._skip) if token_ids else ""
+
+
+def _begun(stop: str, text: str) -> int:
+    """How many characters of a stop string the text ends with, at most all but one."""
+    lengths = range(min(len(stop) - 1, len(text)), 0, -1)
+    return next((n for n in lengths if text.endswith(stop[:n])), 0)

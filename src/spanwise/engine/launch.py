@@ -23,8 +23,9 @@ from spanwise.types.worker import DeviceSpec, RankPlace, ShardInfo, ShardSpec, W
 from spanwise.worker.entries import LoadedShard
 from spanwise.worker.executor import Executor
 from spanwise.worker.in_process import InProcessExecutor, load_in_process
-from spanwise.worker.local import LocalProcessExecutor
-from spanwise.worker.replica import Replica, ReplicaSpec
+from spanwise.worker.local import LocalProcessExecutor, RunningReplica
+from spanwise.worker.remote_supervisor import RemoteSupervisor
+from spanwise.worker.replica import ReplicaSpec
 from spanwise.worker.supervisor import Supervisor
 
 Progress = Callable[[str], None]
@@ -33,6 +34,7 @@ Progress = Callable[[str], None]
 _MARGIN_SHARE = 0.1
 _MARGIN_BYTES = 256 << 20
 _LINE = 64
+_CLOSE_TIMEOUT_S = 5.0
 
 
 class DeviceUse(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,6 +73,7 @@ class Started:
     """A started engine's parts. ``close`` gives everything back; it may be called again."""
 
     replicas: tuple[ReplicaHandle, ...]
+    scheduling: SchedulerConfig
     facts: ModelFacts
     plan: EnginePlan
     close: Callable[[], None]
@@ -80,7 +83,7 @@ def launch(
     config: EngineConfig,
     folder: Path,
     progress: Progress,
-    shared: Supervisor | None = None,
+    shared: Supervisor | RemoteSupervisor | None = None,
     beside: Callable[[], None] = lambda: None,
 ) -> Started:
     """Start everything. On failure nothing is left running. Raises InputError or EngineError.
@@ -112,7 +115,7 @@ class _Launch:
         folder: Path,
         devices: Sequence[DeviceSpec],
         progress: Progress,
-        supervisor: Supervisor | None,
+        supervisor: Supervisor | RemoteSupervisor | None,
         owns_supervisor: bool = False,
     ) -> None:
         self.config, self.folder, self.devices = config, folder, devices
@@ -120,7 +123,7 @@ class _Launch:
         self.owns_supervisor = owns_supervisor
         self.shards: dict[ShardSpec, ShardInfo] = {}
         self.loaded: list[ShardSpec] = []
-        self.running: list[Replica] = []
+        self.running: Sequence[RunningReplica] = []
         self.executors: list[Executor] = []
         self._in_process: LoadedShard | None = None
 
@@ -138,19 +141,23 @@ class _Launch:
         self.max_model_len, self.cache = self._size()
         self.progress("starting workers")
         self._start()
-        schedulers = [Scheduler(self._scheduler_config()) for _ in self.executors]
+        scheduling = self._scheduler_config()
+        schedulers = [Scheduler(scheduling) for _ in self.executors]
         replicas = tuple(map(ReplicaHandle, schedulers, self.executors))
-        return Started(replicas, self.facts, self._plan(), self.close)
+        return Started(replicas, scheduling, self.facts, self._plan(), self.close)
 
     def close(self) -> None:
         """Give back whatever has been started so far."""
         for executor in self.executors:
             executor.close()
-        if self.supervisor is not None and self.owns_supervisor:
-            self.supervisor.shutdown()
-        elif self.supervisor is not None:
-            self.supervisor.release(self.running)
-            self.supervisor.unload(self.loaded)
+        if self.supervisor is not None:
+            for replica in self.running:
+                replica.close(_CLOSE_TIMEOUT_S)
+            if self.owns_supervisor:
+                assert isinstance(self.supervisor, Supervisor)
+                self.supervisor.shutdown()
+            else:
+                self.supervisor.unload(self.loaded)
         self.executors, self.running, self.loaded = [], [], []
         self._in_process = None
 
@@ -326,6 +333,10 @@ class _Launch:
             num_micro_batches=self.layout.pp,
             max_in_flight=self.max_in_flight,
             recompute_lengths=self.facts.recompute_lengths,
+            prefix_caching=self.config.prefix_caching,
+            batching=self.config.batching,
+            batch_size=self.config.batch_size,
+            batch_window_s=self.config.batch_window_s,
         )
 
     def _plan(self) -> EnginePlan:

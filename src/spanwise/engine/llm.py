@@ -8,14 +8,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
-from spanwise.engine.config import EngineConfig
+from spanwise.engine.choice import LiveRequest
+from spanwise.engine.config import engine_config
+from spanwise.engine.core import EngineCore
 from spanwise.engine.engine import Engine
-from spanwise.engine.launch import EnginePlan, launch
+from spanwise.engine.grammar import GrammarChecker
+from spanwise.engine.launch import EnginePlan, Started, launch
 from spanwise.engine.prompt import Prompt, read_prompt
 from spanwise.engine.sampling_defaults import read_defaults
 from spanwise.engine.tokenizer import Tokenizer
 from spanwise.errors import EngineError, InputError
-from spanwise.layout.request import LayoutRequest
 from spanwise.model.folder import read_config, read_generation_config, resolve_model
 from spanwise.types.outputs import RequestOutput
 from spanwise.types.sampling import SamplingParams
@@ -39,6 +41,8 @@ class LLM:
         max_step_tokens: tokens computed in one step; prompts are cut to it.
         block_size: tokens of one block of the KV cache.
         kv_cache_memory: bytes for the KV caches of this host; None: what is free.
+        prefix_caching: keys and values of a prompt's beginning that was computed before are used
+            again.
         progress: called with a line as the start goes on.
         supervisor: processes that several LLMs of this process share, so that each but the first
             starts at once; it is the caller's to shut down.
@@ -62,25 +66,25 @@ class LLM:
         max_step_tokens: int = 512,
         block_size: int = 16,
         kv_cache_memory: int | None = None,
+        prefix_caching: bool = True,
         progress: Callable[[str], None] | None = None,
         supervisor: Supervisor | None = None,
     ) -> None:
-        config = EngineConfig(
-            model=str(model),
+        config = engine_config(
+            model,
             devices=devices,
-            layout=LayoutRequest(
-                tensor_parallel_size=tensor_parallel_size,
-                pipeline_parallel_size=pipeline_parallel_size,
-                data_parallel_size=data_parallel_size,
-                enable_expert_parallel=enable_expert_parallel,
-                pp_layers=None if pp_layers is None else tuple(pp_layers),
-            ),
+            tensor_parallel_size=tensor_parallel_size,
+            pipeline_parallel_size=pipeline_parallel_size,
+            data_parallel_size=data_parallel_size,
+            enable_expert_parallel=enable_expert_parallel,
+            pp_layers=pp_layers,
             dtype=dtype,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_step_tokens=max_step_tokens,
             block_size=block_size,
             kv_cache_memory=kv_cache_memory,
+            prefix_caching=prefix_caching,
         )
         folder = resolve_model(config.model)
         defaults = read_defaults(read_generation_config(folder), read_config(folder))
@@ -89,10 +93,14 @@ class LLM:
             config, folder, progress or (lambda _: None), supervisor, self._tokenizer.start
         )
         # Also when the LLM is forgotten, or the script ends, without a shutdown.
-        self._close = weakref.finalize(self, _close_in, os.getpid(), self._started.close)
-        self._news: dict[int, RequestOutput] = {}
+        core = EngineCore(self._started.replicas, self._started.scheduling)
+        self._grammars = GrammarChecker(folder)
+        self._close = weakref.finalize(
+            self, _close_in, os.getpid(), core, self._started, self._grammars
+        )
+        self._news: dict[int, LiveRequest] = {}
         self._engine = Engine(
-            self._started.replicas,
+            core,
             self._tokenizer,
             defaults,
             self._started.facts.vocab_size,
@@ -129,9 +137,9 @@ class LLM:
         wanted = _one_each(sampling_params, len(many))
         ids = self._add_all(list(zip(many, wanted, strict=True)))
         finished: dict[int, RequestOutput] = {}
-        for output in self._outputs(ids):
-            if output.finished:
-                finished[output.request_id] = output
+        for request in self._live(ids):
+            if request.finished:
+                output = finished[request.request_id] = request.output()
                 if on_output is not None:
                     on_output(output)
         return [finished[request_id] for request_id in ids]
@@ -143,7 +151,8 @@ class LLM:
 
         Several streams may be read in turns. Leaving one early ends its request.
         """
-        yield from self._outputs(self._add_all([(prompt, sampling_params or SamplingParams())]))
+        for request in self._live(self._add_all([(prompt, sampling_params or SamplingParams())])):
+            yield request.output()
 
     def shutdown(self) -> None:
         """End every process and give memory back. May be called again."""
@@ -180,14 +189,16 @@ class LLM:
     def _add(self, number: int, of: int, prompt: Prompt, params: SamplingParams) -> int:
         try:
             text, token_ids = read_prompt(prompt, self._tokenizer)
+            if params.grammar is not None:
+                self._grammars.check(params.grammar, params.stop_token_ids or ())
             return self._engine.add(text, token_ids, params)
         except InputError as error:
             if of == 1:
                 raise
             raise type(error)(f"prompt {number}: {error}") from error
 
-    def _outputs(self, ids: Sequence[int]) -> Iterator[RequestOutput]:
-        """Outputs of these requests until all have finished; an early end aborts the rest.
+    def _live(self, ids: Sequence[int]) -> Iterator[LiveRequest]:
+        """These requests as news of them come, until all have finished; an early end aborts them.
 
         A step may bring news of requests that are read elsewhere: those wait for their reader.
         """
@@ -198,17 +209,17 @@ class LLM:
                 if not (come := going & self._news.keys()):
                     self._news.update((each.request_id, each) for each in self._step())
                 for request_id in sorted(come):
-                    output = self._news.pop(request_id)
-                    if output.finished:
+                    request = self._news.pop(request_id)
+                    if request.finished:
                         going.discard(request_id)
-                    yield output
+                    yield request
         finally:
             for request_id in going:
                 self._news.pop(request_id, None)
                 if self._close.alive:
                     self._engine.abort(request_id)
 
-    def _step(self) -> list[RequestOutput]:
+    def _step(self) -> list[LiveRequest]:
         """One step of the engine; whatever breaks it off leaves plans and results out of step."""
         try:
             return self._engine.step()
@@ -217,10 +228,12 @@ class LLM:
             raise
 
 
-def _close_in(pid: int, close: Callable[[], None]) -> None:
+def _close_in(pid: int, core: EngineCore, started: Started, grammars: GrammarChecker) -> None:
     """Close in the process that started; a fork of it owns nothing."""
     if os.getpid() == pid:
-        close()
+        core.close()
+        grammars.close()
+        started.close()
 
 
 def _one_each(

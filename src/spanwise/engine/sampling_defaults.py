@@ -50,7 +50,7 @@ def resolve_sampling(
     """One spec for each choice. A request without a seed gets one here, once."""
     _check_ids(params, vocab_size)
     seed = secrets.randbits(63) if params.seed is None else params.seed
-    stops = stop_token_ids(params, defaults)
+    stops = _wanted_stops(params, defaults)
 
     def pick(name: str) -> Any:
         given = getattr(params, name)
@@ -72,13 +72,23 @@ def resolve_sampling(
             stop_token_ids=tuple(i for i in stops if i < vocab_size),
             logprobs=_count(params.logprobs, vocab_size),
             prompt_logprobs=_count(params.prompt_logprobs, vocab_size),
+            grammar=params.grammar,
         )
         for choice in range(params.n)
     ]
 
 
 def stop_token_ids(params: SamplingParams, defaults: SamplingDefaults) -> tuple[int, ...]:
-    """Tokens that end a choice when drawn: the caller's, and EOS unless it is to be ignored."""
+    """Tokens that end a choice when drawn: the caller's, and EOS unless it is to be ignored.
+
+    With a grammar EOS is drawn only where the answer is complete and nothing else may follow, so
+    there it always ends the choice.
+    """
+    eos = defaults.eos_token_ids if params.grammar is not None else ()
+    return tuple(dict.fromkeys((*_wanted_stops(params, defaults), *eos)))
+
+
+def _wanted_stops(params: SamplingParams, defaults: SamplingDefaults) -> tuple[int, ...]:
     eos = () if params.ignore_eos else defaults.eos_token_ids
     return tuple(dict.fromkeys((*(params.stop_token_ids or ()), *eos)))
 

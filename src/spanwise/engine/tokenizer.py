@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from spanwise.engine.chat import ChatOptions, render_chat
+from spanwise.engine.token_bytes import TokenBytes, token_bytes_of
 from spanwise.errors import InputError, ModelError, reason
 
 if TYPE_CHECKING:
@@ -27,6 +30,8 @@ _FILES = (
 _PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 TYPES_TAKEN_AT_THEIR_WORD = ("llama", "mixtral", "qwen3", "qwen3_moe", "gpt_oss", "olmo2", "gemma2")
 
+_DEFAULT = ChatOptions()
+
 
 class Tokenizer:
     """A model folder's tokenizer, loaded beside the start of the workers.
@@ -35,7 +40,7 @@ class Tokenizer:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = self._folder = folder
         self._loaded: PreTrainedTokenizerBase | None = None
         self._error: ModelError | None = None
         self.exists = any((folder / name).is_file() for name in _FILES)
@@ -51,32 +56,70 @@ class Tokenizer:
             self._thread = threading.Thread(target=self._load, name="tokenizer", daemon=True)
             self._thread.start()
 
+    @property
+    def is_loaded(self) -> bool:
+        """Whether nobody has to wait for it any more."""
+        return not self.exists or self._loaded is not None
+
     def wait(self) -> None:
         """Return when the tokenizer is loaded, at once where there is none. Raises ModelError."""
         if self.exists:
             self._tokenizer()
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, special tokens added as the tokenizer's own settings say."""
         _check_text(text)
-        ids: list[int] = self._tokenizer()(text)["input_ids"]
+        ids: list[int] = self._tokenizer()(text, add_special_tokens=add_special_tokens)["input_ids"]
         return ids
 
-    def encode_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
-        """Token ids of a conversation, by the model's chat template, ready for an answer."""
-        tokenizer = self._tokenizer()
-        if not tokenizer.chat_template:
-            raise InputError("the model has no chat template; give a prompt instead of messages")
-        try:
-            text = tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # a template may raise anything; what it says is for the user
-            raise InputError(f"the chat template refuses the messages: {reason(error)}") from error
-        assert isinstance(text, str)
-        _check_text(text)
-        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    def encode_chat(
+        self, messages: Sequence[dict[str, Any]], options: ChatOptions = _DEFAULT
+    ) -> list[int]:
+        """Token ids of a conversation, by the model's chat template.
+
+        What the conversation's own texts hold is text, also where it spells a special token.
+        Raises InputError for a conversation that the template refuses.
+        """
+        pieces = render_chat(self._tokenizer(), messages, options)
+        for piece in pieces:
+            _check_text(piece.text)
+        first, *others = pieces
+        ids = self.encode(first.text, options.add_special_tokens)
+        for piece in others:
+            ids += self._encode_as_text(piece.text) if piece.is_data else self._go_on(piece.text)
         return ids
+
+    def chat_template(self, with_tools: bool = False) -> str | None:
+        """The model's own chat template, or the one it has for tools; None where it has none."""
+        templates: str | dict[str, str] | None = self._tokenizer().chat_template
+        if isinstance(templates, dict):
+            with_tools = with_tools and "tool_use" in templates
+            return templates.get("tool_use" if with_tools else "default")
+        return templates
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to the UTF-8 of a text; b"" for an id that is no token."""
+        return self._token_bytes(token_id)
+
+    @cached_property
+    def added_tokens(self) -> dict[str, int]:
+        """The tokens that were added to the vocabulary, special or not, and their ids."""
+        return dict(self._tokenizer().get_added_vocab())
+
+    @cached_property
+    def special_token_ids(self) -> frozenset[int]:
+        """Tokens that a text leaves out where it skips special ones."""
+        return frozenset(self._tokenizer().all_special_ids) if self.exists else frozenset()
+
+    @cached_property
+    def longest_token(self) -> int:
+        """The most characters of a text that one token can stand for."""
+        return max(map(len, self._tokenizer().get_vocab()))
+
+    @cached_property
+    def special_tokens(self) -> dict[str, str]:
+        """Special tokens by the part they play: ``eos_token`` and the like."""
+        return {name: str(token) for name, token in self._tokenizer().special_tokens_map.items()}
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         """The text of tokens, spaces as they were written."""
@@ -89,6 +132,28 @@ class Tokenizer:
         )
         assert isinstance(text, str)
         return text
+
+    @cached_property
+    def _token_bytes(self) -> TokenBytes:
+        return token_bytes_of(self._tokenizer()) if self.exists else lambda token_id: b""
+
+    def _go_on(self, text: str) -> list[int]:
+        """Token ids of a text that follows another."""
+        # Where nothing comes before it, sentencepiece puts a space before a text.
+        start = self.encode("\n", add_special_tokens=False)
+        ids = self.encode("\n" + text, add_special_tokens=False)
+        if ids[: len(start)] == start:
+            return ids[len(start) :]
+        return self.encode(text, add_special_tokens=False)
+
+    def _encode_as_text(self, special: str) -> list[int]:
+        """Token ids of the letters that spell a special token."""
+        # In two parts it is none any more; asking the tokenizer not to see special tokens would
+        # change it for the other threads that use it.
+        ids = self._go_on(special[:1]) + self._go_on(special[1:])
+        if not set(ids).isdisjoint(self.added_tokens.values()):
+            ids = [token_id for letter in special for token_id in self._go_on(letter)]
+        return ids
 
     def _load(self) -> None:
         loader = _loader(self._folder)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 from spanwise.worker.channel import Channel, ChannelClosed
-from spanwise.worker.messages import Command, Execute, Exited, Forked, Job
+from spanwise.worker.messages import Command, Execute, Exited, Forked, Job, Ping
 
 JobRunner = Callable[[Job, Channel[Command], Sequence[int]], None]
 
@@ -52,7 +52,7 @@ class Forker:
                 self._report_exits()
             else:
                 for job, fds in self._channel.arrived():
-                    assert not isinstance(job, Execute)
+                    assert not isinstance(job, Execute | Ping)
                     self._fork(job, fds, selector)
 
     def _fork(self, job: Job, fds: Sequence[int], selector: selectors.BaseSelector) -> None:

@@ -5,28 +5,55 @@ from __future__ import annotations
 import selectors
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 from spanwise.errors import CommunicationError, SpanwiseError, WorkerError
 from spanwise.types.plan import StepPlan, StepResult
-from spanwise.worker.channel import ChannelClosed, encode
+from spanwise.worker.channel import Channel, ChannelClosed, encode
 from spanwise.worker.failure import error_of
-from spanwise.worker.messages import Done, Execute, Failed
-from spanwise.worker.process import Process
-from spanwise.worker.replica import Replica
+from spanwise.worker.messages import Done, Execute, Failed, Ping, Pong, Reply
 
 _ROOT_CAUSE_WAIT_S = 0.2
+
+
+class RankWorker(Protocol):
+    """A worker: what errors call it, and how to talk to it."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102 - said above
+
+    @property
+    def channel(self) -> Channel[Reply]: ...  # noqa: D102
+
+
+class RunningReplica(Protocol):
+    """The workers of one replica, whoever owns their processes."""
+
+    @property
+    def workers(self) -> Sequence[RankWorker]:
+        """In the order of ranks."""
+        ...
+
+    def explain(self, index: int) -> str:
+        """How a worker came to its end."""
+        ...
+
+    def close(self, timeout_s: float) -> None:
+        """End the workers. May be called again."""
+        ...
 
 
 class LocalProcessExecutor:
     """Sends every plan to all ranks; the one rank that has the result sends it back."""
 
-    def __init__(self, replica: Replica, close_timeout_s: float = 5.0) -> None:
+    def __init__(self, replica: RunningReplica, close_timeout_s: float = 5.0) -> None:
         self._replica = replica
         self._close_timeout_s = close_timeout_s
         self._in_flight: deque[int] = deque()
         self._arrived: list[StepResult] = []
         self._failure: SpanwiseError | None = None
+        self._heard_at_s = {worker: time.monotonic() for worker in replica.workers}
         self._selector = selectors.EpollSelector()
         for worker in replica.workers:
             self._selector.register(worker.channel, selectors.EVENT_READ, worker)
@@ -34,8 +61,20 @@ class LocalProcessExecutor:
     def submit(self, plan: StepPlan) -> None:
         """Queue the plan for every rank; what a rank cannot take yet is sent by later calls."""
         self._raise_failure()
-        frame = encode(Execute(plan))
         self._in_flight.append(plan.step)
+        self._post(encode(Execute(plan)))
+
+    def ping(self) -> None:
+        """Have every rank's model thread show that it is not stuck; see ``heard_at_s``."""
+        self._raise_failure()
+        self._post(encode(Ping()))
+
+    @property
+    def heard_at_s(self) -> Sequence[tuple[str, float]]:
+        """Each rank's name, and when (on the monotonic clock) it was last heard of."""
+        return [(worker.name, at_s) for worker, at_s in self._heard_at_s.items()]
+
+    def _post(self, frame: bytes) -> None:
         for worker in self._replica.workers:
             try:
                 self._watch_writing(worker, not worker.channel.post(frame))
@@ -79,27 +118,31 @@ class LocalProcessExecutor:
 
     def _errors(self, timeout_s: float | None) -> Iterator[SpanwiseError]:
         for key, mask in self._selector.select(timeout_s):
-            worker: Process = key.data
+            worker: RankWorker = key.data
             try:
                 if mask & selectors.EVENT_WRITE:
                     self._watch_writing(worker, not worker.channel.flush())
                 yield from self._read(worker)
             except ChannelClosed:
                 self._selector.unregister(worker.channel)
-                yield WorkerError(f"{worker.name} {self._replica.explain(worker)} {self._when()}")
+                end = self._replica.explain(list(self._replica.workers).index(worker))
+                yield WorkerError(f"{worker.name} {end} {self._when()}")
 
-    def _read(self, worker: Process) -> Iterator[SpanwiseError]:
+    def _read(self, worker: RankWorker) -> Iterator[SpanwiseError]:
         for reply, _ in worker.channel.arrived():
             if isinstance(reply, Failed):
                 self._selector.unregister(worker.channel)
                 yield error_of(reply)
                 return
+            self._heard_at_s[worker] = time.monotonic()
+            if isinstance(reply, Pong):
+                continue
             assert isinstance(reply, Done), reply
             step = self._in_flight.popleft()
             assert reply.result.step == step, f"step {reply.result.step} came before {step}"
             self._arrived.append(reply.result)
 
-    def _watch_writing(self, worker: Process, wanted: bool) -> None:
+    def _watch_writing(self, worker: RankWorker, wanted: bool) -> None:
         events = selectors.EVENT_READ | (selectors.EVENT_WRITE if wanted else 0)
         if self._selector.get_key(worker.channel).events != events:
             self._selector.modify(worker.channel, events, worker)

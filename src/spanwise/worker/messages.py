@@ -53,6 +53,14 @@ class Execute(msgspec.Struct, frozen=True, array_like=True, tag=True):
     plan: StepPlan
 
 
+class Ping(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Answer ``Pong``: the thread that runs the model shows that it is not stuck."""
+
+
+class Pong(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The answer, once every plan sent before the ``Ping`` has been run."""
+
+
 class Forked(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """The child asked for lives. Comes with its pidfd, opened before anybody could reap it."""
 
@@ -108,6 +116,6 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 Job = Describe | DescribeShard | LoadShard | RunWorker | ServeStore
-Command = Job | Execute
+Command = Job | Execute | Ping
 Answer = Described | ShardDescribed | Loaded | Ready | Serving
-Reply = Forked | Exited | Answer | Done | Failed
+Reply = Forked | Exited | Answer | Done | Pong | Failed

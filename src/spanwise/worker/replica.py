@@ -32,13 +32,18 @@ class ReplicaSpec:
 class Replica:
     """The running workers, in the order of the spec, with their segment and KV arenas (memfds).
 
-    ``explain(process)`` says how a process ended. ``shards``: what each worker holds. ``store``:
-    the process where ranks that use NCCL meet.
+    ``shards``: what each worker holds. ``store``: the process where ranks that use NCCL meet.
+    ``forget(replica)`` is called when it has been closed.
     """
 
-    def __init__(self, spec: ReplicaSpec, explain: Callable[[Process], str]) -> None:
+    def __init__(
+        self,
+        spec: ReplicaSpec,
+        explain: Callable[[Process], str],
+        forget: Callable[[Replica], None],
+    ) -> None:
         self.spec = spec
-        self.explain = explain
+        self._explain, self._forget = explain, forget
         self.workers: list[Process] = []
         self.shards: list[ShardInfo] = []
         self.store: Process | None = None
@@ -51,8 +56,15 @@ class Replica:
         os.ftruncate(self._fds[-1], num_bytes)
         return self._fds[-1]
 
+    def explain(self, index: int) -> str:
+        """How a worker came to its end, as its parent saw it."""
+        return self._explain(self.workers[index])
+
     def close(self, timeout_s: float) -> None:
-        """End the workers, also those that wait for one another, and free the memory."""
+        """End the workers, also those that wait for one another, and free the memory.
+
+        May be called again.
+        """
         if not self._fds:
             return
         interrupt(self.segment_fd)
@@ -64,3 +76,4 @@ class Replica:
             self.store.close()
         while self._fds:
             os.close(self._fds.pop())
+        self._forget(self)

@@ -39,6 +39,7 @@ from spanwise.worker.messages import (
 )
 from spanwise.worker.names import shard_name, worker_name
 from spanwise.worker.process import ForkingProcess, Process, end, next_reply
+from spanwise.worker.python_process import python_path
 from spanwise.worker.replica import Replica, ReplicaSpec
 
 Progress = Callable[[int, int], None]
@@ -110,12 +111,6 @@ class Supervisor:
         self._users.subtract(shards)
         self._end_zygotes([spec for spec in dict.fromkeys(shards) if not self._users[spec]])
 
-    def release(self, replicas: Sequence[Replica], timeout_s: float = 5.0) -> None:
-        """End the workers of these replicas."""
-        for replica in replicas:
-            replica.close(timeout_s)
-            self._replicas.remove(replica)
-
     def spawn(self, specs: Sequence[ReplicaSpec]) -> list[Replica]:
         """Start the workers of all replicas and wait until they take plans.
 
@@ -129,7 +124,8 @@ class Supervisor:
             workers = [worker for replica in replicas for worker in replica.workers]
             ready = dict(zip(workers, self._replies(workers, Ready), strict=True))
         except BaseException:
-            self.release(self._replicas[before:], _STATUS_WAIT_S)
+            for replica in self._replicas[before:]:
+                replica.close(_STATUS_WAIT_S)
             raise
         for replica in replicas:
             replica.shards = [ready[worker].info for worker in replica.workers]
@@ -150,7 +146,7 @@ class Supervisor:
 
     def shutdown(self, timeout_s: float = 5.0) -> None:
         """End every process: ask, terminate after the time, kill. May be called again."""
-        for replica in self._replicas:
+        for replica in list(self._replicas):
             replica.close(timeout_s)
         end(self._zygotes.values(), timeout_s)
         end([self._server], timeout_s)
@@ -168,7 +164,7 @@ class Supervisor:
                 [sys.executable, "-P", "-m", "spanwise.worker.fork_server", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # stdout belongs to the user's own output
-                env=os.environ | _ENVIRONMENT | {"PYTHONPATH": _python_path()},
+                env=os.environ | _ENVIRONMENT | {"PYTHONPATH": python_path()},
                 pass_fds=fds,
                 start_new_session=True,
             )
@@ -190,7 +186,7 @@ class Supervisor:
         return zygote
 
     def _replica(self, spec: ReplicaSpec, may_spin: bool) -> Replica:
-        replica = Replica(spec, self.explain)
+        replica = Replica(spec, self.explain, self._replicas.remove)
         self._replicas.append(replica)
         store_port = self._serve_store(replica) if spec.has_own_cards else 0
         for worker, arena_bytes in zip(spec.workers, spec.arena_bytes, strict=True):
@@ -287,8 +283,3 @@ def _crowded(workers: Sequence[WorkerSpec]) -> bool:
     for worker in workers:  # one that names no cores may run anywhere
         cores |= set(worker.device.cores) or os.sched_getaffinity(0)
     return sum(worker.device.threads for worker in workers) > len(cores)
-
-
-def _python_path() -> str:
-    """What this process imports from, so that the fork server finds the same."""
-    return os.pathsep.join(os.path.abspath(path) for path in sys.path)

@@ -11,7 +11,7 @@ from spanwise.types.worker import DeviceSpec
 from spanwise.worker.channel import Channel
 from spanwise.worker.entries import Entries, LoadedShard, StepRunner, resolve, set_threads
 from spanwise.worker.failure import reported
-from spanwise.worker.messages import Command, Done, Execute, Ready, RunWorker
+from spanwise.worker.messages import Command, Done, Execute, Ping, Pong, Ready, RunWorker
 from spanwise.worker.names import worker_name
 
 
@@ -37,6 +37,9 @@ def run_worker(
         channel.send(Ready(shard.info()))
         while True:
             message = channel.receive()
+            if isinstance(message, Ping):
+                channel.send(Pong())
+                continue
             assert isinstance(message, Execute)
             plan = message.plan
             where = f"{worker_name(job.spec)} in step {plan.step}"

@@ -1,0 +1,131 @@
+"""The running replicas as one: sequences in, updates out, plans and results in between."""
+
+from __future__ import annotations
+
+import selectors
+import time
+from collections.abc import Sequence
+
+from spanwise.control.router import ReplicaQueue, Router
+from spanwise.engine.launch import ReplicaHandle
+from spanwise.scheduler.config import SchedulerConfig
+from spanwise.scheduler.key_chain import KeyChain, horizon
+from spanwise.scheduler.limit import length_limit
+from spanwise.scheduler.request import SequenceRequest
+from spanwise.scheduler.update import SequenceUpdate
+from spanwise.types.plan import StepResult
+
+
+class EngineCore:
+    """Feeds every replica and gathers what comes back; knows tokens, no text.
+
+    For one thread at a time. What a replica raises, its methods raise.
+    """
+
+    def __init__(self, replicas: Sequence[ReplicaHandle], scheduling: SchedulerConfig) -> None:
+        self.replicas = tuple(replicas)
+        self._scheduling = scheduling
+        self._router = Router(len(replicas), scheduling.cache.block_size)
+        self._selector = selectors.DefaultSelector()
+        for replica in self.replicas:
+            self._selector.register(replica.executor.fileno(), selectors.EVENT_READ, replica)
+
+    @property
+    def wake_at_s(self) -> float | None:
+        """When time alone will give ``feed`` something to do."""
+        times = [replica.scheduler.wake_at_s for replica in self.replicas]
+        return min((time_s for time_s in times if time_s is not None), default=None)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps planned and not yet answered, of all replicas."""
+        return sum(replica.scheduler.num_in_flight for replica in self.replicas)
+
+    def add(self, request: SequenceRequest, num_tokens: int) -> None:
+        """Queue a sequence that may need so many tokens. Raises InputError if it could never run.
+
+        ``sequence_id`` is never used twice.
+        """
+        length_limit(request, self._scheduling)
+        prefix = self._prefix(request) if len(self.replicas) > 1 else []
+        replica = self._router.assign(request.sequence_id, num_tokens, prefix)
+        try:
+            self.replicas[replica].scheduler.add(request)
+        except BaseException:
+            self._router.release(request.sequence_id)
+            raise
+
+    def end(self, sequence_id: int) -> None:
+        """Forget a sequence whose caller wants no more of it; it must not have ended itself."""
+        replica = self._router.replica_of(sequence_id)
+        self.replicas[replica].scheduler.abort(sequence_id)
+        self._router.release(sequence_id)
+
+    def feed(self, now_s: float) -> list[SequenceUpdate]:
+        """Send every plan that can be made now; give what time alone has ended."""
+        ended = []
+        for replica in self.replicas:
+            ended += replica.scheduler.expire(now_s)
+            self._feed(replica, now_s)
+        if len(self.replicas) > 1:
+            self._level(now_s)
+        for update in ended:
+            self._router.release(update.sequence_id)
+        return ended
+
+    def wait(self) -> list[SequenceUpdate]:
+        """Wait for results, and give what they bring; nothing when nothing is in flight."""
+        busy = [replica for replica in self.replicas if replica.scheduler.num_in_flight]
+        if not busy:
+            return []
+        if len(self.replicas) == 1:  # which may compute in this process, while it is waited for
+            return self._accept(busy[0], busy[0].executor.wait())
+        ready = [key.data for key, _ in self._selector.select()]
+        return [update for replica in ready for update in self.collect(replica)]
+
+    def collect(self, replica: ReplicaHandle) -> list[SequenceUpdate]:
+        """Give what the results that have come from one replica bring."""
+        return self._accept(replica, replica.executor.results())
+
+    def close(self) -> None:
+        """Let the replicas go; they are the caller's to close."""
+        self._selector.close()
+
+    def _accept(
+        self, replica: ReplicaHandle, results: Sequence[StepResult]
+    ) -> list[SequenceUpdate]:
+        brought: list[SequenceUpdate] = []
+        for result in results:
+            brought += replica.scheduler.accept(result)
+            # The devices work on while something is made of what came.
+            self._feed(replica, time.monotonic())
+        for update in brought:
+            if update.finish_reason is not None:
+                self._router.release(update.sequence_id)
+        return brought
+
+    def _feed(self, replica: ReplicaHandle, now_s: float) -> None:
+        while (plan := replica.scheduler.next_plan(now_s)) is not None:
+            replica.executor.submit(plan)
+
+    def _level(self, now_s: float) -> None:
+        """Move sequences that wait at a busy replica to one that has nothing waiting."""
+        schedulers = [replica.scheduler for replica in self.replicas]
+        if not any(scheduler.num_waiting for scheduler in schedulers):
+            return
+        queues = [ReplicaQueue(tuple(s.withdrawable()), s.can_start) for s in schedulers]
+        for move in self._router.moves(queues):
+            request = schedulers[move.source].withdraw(move.sequence_id)
+            assert request is not None, "a sequence that has begun was to be moved"
+            self._router.move(move.sequence_id, move.target)
+            schedulers[move.target].add(request)
+            self._feed(self.replicas[move.target], now_s)
+
+    def _prefix(self, request: SequenceRequest) -> list[bytes]:
+        """The keys of the prompt's full blocks, as the replicas' caches know them."""
+        tokens, config = request.prompt_token_ids, self._scheduling
+        if not config.prefix_caching:
+            return []
+        bound = horizon(len(tokens), config.recompute_lengths)
+        chain = KeyChain(request.cache_salt, bound, config.cache.block_size)
+        return chain.keys(tokens, 0, len(tokens) // config.cache.block_size)
