@@ -49,7 +49,7 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "examples"),
     [
-        (["--help"], 4),
+        (["--help"], 5),
         (["run", "--help"], 8),
         (["devices", "--help"], 2),
     ],
@@ -74,6 +74,7 @@ def test_every_field_has_its_flag() -> None:
 
     text = spanwise("run", "--help").stdout
     fields = [*SamplingParams.__struct_fields__, "tensor_parallel_size", "pp_layers", "devices"]
+    fields += ["json_schema", "regex"]  # other names of the field grammar
     assert [name for name in fields if f"--{name.replace('_', '-')}" not in text] == []
 
 
@@ -92,6 +93,11 @@ def test_every_field_has_its_flag() -> None:
         (["run", "m", "p", "--kv-cache-memory", "2 apples"], "2GiB"),
         (["run", "m", "p", "--logit-bias", "{5"], "--logit-bias"),
         (["run", "m", "p", "--output", "o"], "--input"),
+        (["run", "m", "p", "--json-schema", "{"], "the JSON schema is not JSON"),
+        (["run", "m", "p", "--json-schema", "@no such file"], "--json-schema: no such file"),
+        (["run", "m", "p", "--grammar", "@"], "--grammar: cannot be read"),
+        (["run", "m", "p", "--regex", ""], "the regular expression is empty"),
+        (["run", "m", "p", "--regex", "a", "--grammar", "start: /b/"], "regex and grammar"),
         (["run", "m", "\udcff"], "UTF-8"),
         (["run", "m", "--input", "no such file"], "no such file"),
         (["run", "./no such folder", "p"], "no model folder"),

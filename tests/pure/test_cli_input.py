@@ -11,11 +11,13 @@ from spanwise.cli.byte_size import format_bytes, parse_bytes
 from spanwise.cli.notes import plan_line, speed_line
 from spanwise.cli.prompts_file import read_prompts
 from spanwise.cli.results_file import result_record, results_file
+from spanwise.cli.sampling_flags import SamplingFlags
 from spanwise.cli.text_stream import TextStream, held_back
 from spanwise.engine.launch import DeviceUse, EnginePlan
 from spanwise.errors import InputError
 from spanwise.types.outputs import CompletionOutput, FinishReason, RequestOutput
 from spanwise.types.plan import TokenLogprobs
+from spanwise.types.sampling import Grammar
 from spanwise.types.worker import RankPlace
 
 
@@ -68,9 +70,58 @@ def test_a_line_comes_before_the_flags(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("fields", "grammar"),
+    [
+        ("", Grammar("regex", "-?[0-9]+")),
+        (', "regex": "[a/]+"', Grammar("regex", "[a/]+")),
+        (', "grammar": "start: /a/"', Grammar("lark", "start: /a/")),
+        (', "json_schema": "true"', Grammar("json_schema", "true")),
+        (
+            ', "json_schema": {"b": {"z": 1.0, "a": ["é", null]}, "a": true}',
+            Grammar("json_schema", '{"b":{"z":1.0,"a":["é",null]},"a":true}'),
+        ),
+        (', "json_schema": false', Grammar("json_schema", "false")),
+        (', "json_schema": null, "regex": "x"', Grammar("regex", "x")),
+        (', "grammar": null', None),
+    ],
+)
+def test_a_line_says_what_its_answer_must_match(
+    tmp_path: Path, fields: str, grammar: Grammar | None
+) -> None:
+    defaults = SamplingFlags(regex="-?[0-9]+", max_tokens=9).given()
+    (job,) = read_prompts(_file(tmp_path, f'{{"prompt": "a"{fields}}}'), defaults)
+    assert job.params.grammar == grammar
+    assert job.params.max_tokens == 9
+
+
+def test_flags_give_one_grammar(tmp_path: Path) -> None:
+    file = tmp_path / "schema.json"
+    file.write_text('{"enum": ["é"]}')
+    assert SamplingFlags().given() == {}
+    for flags, grammar in (
+        (SamplingFlags(json_schema='{"a": 1}'), Grammar("json_schema", '{"a": 1}')),
+        (SamplingFlags(json_schema=f"@{file}"), Grammar("json_schema", '{"enum": ["é"]}')),
+        (SamplingFlags(grammar=f"@{file}"), Grammar("lark", '{"enum": ["é"]}')),
+        (SamplingFlags(regex="@file"), Grammar("regex", "@file")),
+    ):
+        assert flags.given() == {"grammar": grammar}
+    with pytest.raises(InputError, match="this has json_schema and regex"):
+        SamplingFlags(json_schema="{}", regex="a").given()
+    file.write_bytes(b"\xff")
+    with pytest.raises(InputError, match=r"--grammar: .* is not UTF-8"):
+        SamplingFlags(grammar=f"@{file}").given()
+
+
+@pytest.mark.parametrize(
     ("line", "said"),
     [
         ('{"prompt": "a"', "broken JSON"),
+        ('{"prompt": "a", "regex": 5}', "regex must be a text, got 5"),
+        ('{"prompt": "a", "regex": " "}', "regular expression is empty"),
+        ('{"prompt": "a", "json_schema": [1]}', "json_schema must be a text"),
+        ('{"prompt": "a", "json_schema": "{"}', "JSON schema is not JSON"),
+        ('{"prompt": "a", "grammar": ["regex", "a"]}', "grammar must be a text"),
+        ('{"prompt": "a", "grammar": "start: /a/", "regex": "b"}', "this has (regex|grammar) and"),
         ('["a"]', "Expected `object`"),
         ('{"prompt": "a", "max_token": 5}', "max_token"),
         ('{"prompt": "a", "max_tokens": "5"}', "max_tokens"),

@@ -1,1 +1,1 @@
-"""The command line: ``spanwise run``, ``spanwise devices``."""
+"""The command line: ``spanwise run``, ``serve``, ``chat``, ``bench`` and ``devices``."""

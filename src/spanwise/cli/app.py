@@ -12,6 +12,7 @@ Examples:
   spanwise run spanwise/tiny-dense "def main("
   spanwise run MODEL_FOLDER "Say hello." --chat -tp 2 --devices cpu:2
   spanwise run MODEL_FOLDER --input prompts.jsonl --output out.jsonl
+  spanwise serve MODEL_FOLDER
   spanwise devices
 
 spanwise COMMAND --help says more. SPANWISE_DEBUG=1 shows an error's traceback.
@@ -29,10 +30,43 @@ A line of prompts.jsonl is one of these; sampling fields may stand beside it:
   {"prompt_token_ids": [5, 6, 7]}
   {"messages": [{"role": "user", "content": "Say hello."}]}
 """
+_SERVE_EXAMPLES = """\
+Examples:
+  spanwise serve spanwise/tiny-dense
+  spanwise serve MODEL_FOLDER -tp 2 --devices cuda:0,1 --port 9000
+  SPANWISE_API_KEY=secret spanwise serve MODEL_FOLDER --host 0.0.0.0 --ssl-certfile server.pem
+
+  curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
+    -d '{"model": "spanwise/tiny-dense", "prompt": "def main(", "max_tokens": 32}'
+"""
 _DEVICES_EXAMPLES = """\
 Examples:
   spanwise devices
   spanwise devices --json
+"""
+_CHAT_EXAMPLES = """\
+Examples:
+  spanwise chat MODEL_FOLDER --system "Answer in one sentence."
+  spanwise chat http://localhost:8000 --temperature 0.7
+  printf 'Hello\\nAnd now?\\n' | spanwise chat MODEL_FOLDER --quiet
+"""
+_BENCH_EXAMPLES = """\
+Examples:
+  spanwise bench serve --base-url http://localhost:8000 --concurrency 64
+  spanwise bench serve --base-url http://localhost:8000 --help
+"""
+_BENCH_SERVE_EXAMPLES = """\
+Examples:
+  spanwise bench serve --base-url http://localhost:8000 --concurrency 64
+  spanwise bench serve --base-url http://localhost:8000 --request-rate 8 \\
+    --num-requests 500 --input-len 32:512 --output-len 16@3,256@1 --seed 1
+  spanwise bench serve --base-url http://localhost:8000 --endpoint chat \\
+    --prompts prompts.jsonl --goodput ttft:500,tpot:50 --json results.json
+
+A line of prompts.jsonl is one of these; fields of the request may stand beside:
+  {"prompt": "def main(", "max_tokens": 64}
+  {"prompt_token_ids": [5, 6, 7]}
+  {"messages": [{"role": "user", "content": "Say hello."}]}
 """
 
 
@@ -60,8 +94,32 @@ app.command(
     help_epilogue=_RUN_EXAMPLES,
 )
 app.command(
+    "spanwise.cli.serve:serve",
+    name="serve",
+    help="Serve a model over OpenAI's HTTP protocol.",
+    help_epilogue=_SERVE_EXAMPLES,
+)
+app.command(
     "spanwise.cli.devices:devices",
     name="devices",
     help="Show the devices of this machine: accelerators, cores, memory.",
     help_epilogue=_DEVICES_EXAMPLES,
+)
+app.command(
+    "spanwise.cli.chat:chat",
+    name="chat",
+    help="Talk with a model: one on a server, or one started here.",
+    help_epilogue=_CHAT_EXAMPLES,
+)
+bench = App(
+    name="bench",
+    help="Measure servers.",
+    help_epilogue=_BENCH_EXAMPLES,
+)
+app.command(bench)
+bench.command(
+    "spanwise.cli.bench:serve",
+    name="serve",
+    help="Measure any server that speaks OpenAI's protocol, from outside.",
+    help_epilogue=_BENCH_SERVE_EXAMPLES,
 )

@@ -55,6 +55,10 @@ class EngineFlags:
         Parameter(help="Memory of the KV caches: 2GiB, 512MB or bytes. Default: what is free."),
     ] = None
 
+    prefix_caching: Annotated[
+        bool, Parameter(help="Use again what was computed of a prompt's beginning.")
+    ] = True
+
     def llm_arguments(self) -> dict[str, Any]:
         """Give what ``LLM`` takes: only what was set. Raises InputError."""
         given = {

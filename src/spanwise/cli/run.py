@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import time
-import warnings
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from spanwise.cli.engine_flags import EngineFlags
-from spanwise.cli.notes import Notes, plan_line, speed_line
+from spanwise.cli.notes import Notes, speed_line
 from spanwise.cli.prompts_file import read_prompts
 from spanwise.cli.results_file import results_file
 from spanwise.cli.sampling_flags import SamplingFlags
+from spanwise.cli.starting import start_llm
 from spanwise.cli.text_stream import TextStream
 from spanwise.errors import InputError
 from spanwise.types.outputs import RequestOutput
@@ -124,26 +123,10 @@ class _Run:
             self._notes.line(speed_line(results, time.monotonic() - started, llm.plan))
 
     def _start(self) -> LLM:
-        _silence_libraries()
-        from spanwise.engine.llm import LLM
-
-        with self._notes.starting() as progress:
-            llm = LLM(self._model, **self._arguments, progress=progress)
-        self._notes.line(plan_line(llm.plan))
-        return llm
+        return start_llm(self._model, self._arguments, self._notes)
 
 
 def _print_choices(output: RequestOutput) -> None:
     for choice in output.outputs:
         print(f"== answer {choice.index} ({choice.finish_reason})")
         print(choice.text, end="" if choice.text.endswith("\n") else "\n")
-
-
-def _silence_libraries() -> None:
-    """Keep what libraries say, here and in the workers, out of the user's sight."""
-    if os.environ.get("SPANWISE_DEBUG") == "1":
-        return
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns of a fork
-    os.environ.setdefault("PYTHONWARNINGS", "ignore")
-    warnings.simplefilter("ignore")

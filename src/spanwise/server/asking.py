@@ -1,0 +1,71 @@
+"""What the routes that generate text ask of the engine, in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from spanwise.errors import SpanwiseError
+from spanwise.server import sse
+from spanwise.server.errors import ErrorAnswer, api_error, bad_request
+from spanwise.server.exchange import Exchange
+from spanwise.server.generation import Generation
+from spanwise.server.protocol.sampling import RequestFields, SamplingFields
+from spanwise.server.protocol.usage import PromptTokensDetails, Usage
+from spanwise.server.service import Service
+from spanwise.types.sampling import SamplingParams
+from spanwise.types.serving import EngineRequest
+
+
+def sampling_params(service: Service, body: SamplingFields, **others: Any) -> SamplingParams:
+    """How an answer is sampled; ``others`` are fields that the APIs name differently.
+
+    Raises ApiError for what this model cannot do, and InputError.
+    """
+    longest = service.plan.max_model_len
+    if (body.min_tokens or 0) > longest:
+        raise bad_request(
+            f"min_tokens is {body.min_tokens}, but the model's context is {longest}; lower it",
+            "min_tokens",
+        )
+    params = body.sampled() | others
+    service.check_known(params.get("logit_bias", ()), "logit_bias")
+    service.check_known(params.get("stop_token_ids", ()), "stop_token_ids")
+    return SamplingParams(**params)
+
+
+def engine_request(
+    service: Service, exchange: Exchange, body: RequestFields, params: SamplingParams
+) -> EngineRequest:
+    """A request that has everything but its prompt."""
+    return EngineRequest(
+        prompt="",
+        params=params,
+        priority=body.priority or 0,
+        timeout_s=service.options.queue_timeout_s,
+        tenant=exchange.tenant,
+        cache_salt=body.cache_salt or "",
+    )
+
+
+def usage_of(generation: Generation, num_output_tokens: int | None = None) -> Usage:
+    """What it took so far; ``num_output_tokens`` where not all of them are shown."""
+    num_prompt = generation.num_prompt_tokens
+    if num_output_tokens is None:
+        num_output_tokens = generation.num_output_tokens
+    return Usage(
+        num_prompt,
+        num_output_tokens,
+        num_prompt + num_output_tokens,
+        PromptTokensDetails(generation.num_cached_tokens),
+    )
+
+
+def error_event(service: Service, exchange: Exchange) -> Callable[[SpanwiseError], bytes]:
+    """What makes the last event of a stream that ends with an error."""
+
+    def event(error: SpanwiseError) -> bytes:
+        detail = api_error(error, exchange.request_id, service.engine).detail
+        return sse.event(ErrorAnswer(detail))
+
+    return event

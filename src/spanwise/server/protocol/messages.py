@@ -1,0 +1,197 @@
+"""The conversation of a chat request."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+import msgspec
+from pydantic import Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
+
+from spanwise.server.limits import MAX_CALLS, MAX_MESSAGES, MAX_PARTS
+from spanwise.server.protocol.forms import LIST, TEXT, by, text_or_list
+from spanwise.server.protocol.strict import JsonObject, Name, Strict, Unsupported
+
+_MEDIA = "<media>"
+
+
+class TextPart(Strict):
+    """A stretch of text."""
+
+    type: Literal["text"]
+    text: str
+    prompt_cache_breakpoint: JsonObject | None = None
+
+    @property
+    def said(self) -> str:
+        """The text."""
+        return self.text
+
+
+class RefusalPart(Strict):
+    """An answer that the model refused, as it was given."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+    @property
+    def said(self) -> str:
+        """The text."""
+        return self.refusal
+
+
+class MediaPart(Strict):
+    """Anything but text: images, sound, files. Not supported."""
+
+    type: str
+    said: ClassVar[str]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, data: dict[str, Any]) -> Any:
+        raise PydanticCustomError(
+            "unsupported", "of type {type} is not supported; send text", {"type": data["type"]}
+        )
+
+
+Part = Annotated[
+    Annotated[TextPart, Tag("<text>")]
+    | Annotated[RefusalPart, Tag("<refusal>")]
+    | Annotated[MediaPart, Tag(_MEDIA)],
+    by("type", ("text", "refusal"), other=_MEDIA),
+]
+Parts = Annotated[list[Part], Field(fail_fast=True, min_length=1, max_length=MAX_PARTS)]
+Content = Annotated[
+    Annotated[str, Tag(TEXT)] | Annotated[Parts, Tag(LIST)],
+    text_or_list("Input should be a string or a list of parts"),
+]
+
+
+class CalledFunction(Strict):
+    """What was called; ``arguments`` is JSON, as the model wrote it."""
+
+    name: str
+    arguments: str
+
+
+class Call(Strict):
+    """A call that the model made earlier in the conversation."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class SystemMessage(Strict):
+    """Instructions."""
+
+    role: Literal["system"]
+    content: Content
+    name: Name | None = None
+
+
+class DeveloperMessage(Strict):
+    """Instructions, as newer models call them."""
+
+    role: Literal["developer"]
+    content: Content
+    name: Name | None = None
+
+
+class UserMessage(Strict):
+    """What the user says."""
+
+    role: Literal["user"]
+    content: Content
+    name: Name | None = None
+
+
+class AssistantMessage(Strict):
+    """What the model said or called earlier."""
+
+    role: Literal["assistant"]
+    content: Content | None = None
+    name: Name | None = None
+    refusal: str | None = None
+    tool_calls: Annotated[list[Call] | None, Field(fail_fast=True, max_length=MAX_CALLS)] = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    annotations: Annotated[list[JsonObject] | None, Field(fail_fast=True, max_length=MAX_PARTS)] = (
+        None
+    )
+    audio: Annotated[object, Unsupported()] = None
+    function_call: Annotated[object, Unsupported()] = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> AssistantMessage:
+        if self.content is None and self.refusal is None and not self.tool_calls:
+            raise PydanticCustomError("content", "Needs content or tool_calls")
+        return self
+
+
+class ToolMessage(Strict):
+    """What a called function gave."""
+
+    role: Literal["tool"]
+    content: Content
+    tool_call_id: str
+    name: Name | None = None
+
+
+Message = Annotated[
+    Annotated[SystemMessage, Tag("<system>")]
+    | Annotated[DeveloperMessage, Tag("<developer>")]
+    | Annotated[UserMessage, Tag("<user>")]
+    | Annotated[AssistantMessage, Tag("<assistant>")]
+    | Annotated[ToolMessage, Tag("<tool>")],
+    by("role", ("system", "developer", "user", "assistant", "tool")),
+]
+Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
+
+
+def template_message(message: Message, knows_developer: bool) -> dict[str, Any]:
+    """A message as chat templates read it: content in one text, arguments as what they say.
+
+    Templates that know nothing of developers get their words as the system's.
+    """
+    role = message.role
+    if role == "developer" and not knows_developer:
+        role = "system"
+    written: dict[str, Any] = {"role": role, "content": _text(message.content)}
+    if message.name is not None:
+        written["name"] = message.name
+    if isinstance(message, ToolMessage):
+        written["tool_call_id"] = message.tool_call_id
+    if isinstance(message, AssistantMessage):
+        if written["content"] is None:
+            written["content"] = message.refusal or ""
+        if message.tool_calls:
+            written["tool_calls"] = [
+                template_call(call.id, call.function.name, call.function.arguments)
+                for call in message.tool_calls
+            ]
+        if (reasoning := message.reasoning_content or message.reasoning) is not None:
+            written["reasoning_content"] = reasoning
+    return written
+
+
+def _text(content: str | list[Part] | None) -> str | None:
+    if content is None or isinstance(content, str):
+        return content
+    return "\n".join(part.said for part in content)
+
+
+def template_call(call_id: str, name: str, written: str) -> dict[str, Any]:
+    """A call as chat templates read it: its arguments as what they say, where that is an object."""
+    arguments: Any = written
+    try:
+        read = msgspec.json.decode(written)
+    except (msgspec.DecodeError, RecursionError):  # the model wrote it, and may have erred
+        read = None
+    if isinstance(read, dict):
+        arguments = read
+    return {
+        "id": call_id,
+        "type": "function",
+        "function": {"name": name, "arguments": arguments},
+    }

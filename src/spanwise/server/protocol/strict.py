@@ -1,0 +1,108 @@
+"""What all requests have in common: every field is known, and every value is in its range.
+
+A field that is null is as if it were left out. A field that no API of this kind has is refused, one
+of another's that would change the answer too; ``Unsupported`` marks those that are known by name.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    StringConstraints,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from spanwise.server.limits import (
+    MAX_DEPTH,
+    MAX_FIELDS,
+    MAX_INT32,
+    MAX_METADATA,
+    MAX_METADATA_KEY,
+    MAX_METADATA_VALUE,
+    MAX_NAME_CHARACTERS,
+)
+
+
+class Strict(BaseModel):
+    """A record of a request. Nothing is converted, nothing unknown passes."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, data: Any) -> Any:
+        # Each unknown one would be an error of its own.
+        if isinstance(data, dict) and len(data) > MAX_FIELDS:
+            raise PydanticCustomError("too_many_fields", "Object has too many fields")
+        return data
+
+
+class Unsupported:
+    """Marks a field that other servers have, and that only may say what is so anyway."""
+
+    def __init__(self, *neutral: object, advice: str = "leave it out") -> None:
+        self._neutral, self._advice = neutral, advice
+
+    def __get_pydantic_core_schema__(
+        self, source: object, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        """Take the neutral values only."""
+        return core_schema.no_info_plain_validator_function(self._check)
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """Say so in the API's document."""
+        return {"enum": [None, *self._neutral], "description": "Not supported."}
+
+    def _check(self, value: object) -> object:
+        if value is None or any(type(value) is type(n) and value == n for n in self._neutral):
+            return value
+        raise PydanticCustomError(
+            "unsupported", "is not supported; {advice}", {"advice": self._advice}
+        )
+
+
+def _check_json(value: Any, depth: int = MAX_DEPTH) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise PydanticCustomError("finite_number", "holds a number that is not finite")
+    if isinstance(value, dict | list):
+        if not depth:
+            raise PydanticCustomError("too_deep", f"nests deeper than {MAX_DEPTH} levels")
+        for each in value.values() if isinstance(value, dict) else value:
+            _check_json(each, depth - 1)
+    return value
+
+
+def _few_pairs(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > MAX_METADATA:
+        raise PydanticCustomError("too_long", f"Object should have at most {MAX_METADATA} fields")
+    return value
+
+
+JsonObject = Annotated[dict[str, Any], AfterValidator(_check_json)]
+"""JSON that is passed on as it is: no deeper than 64 levels, and finite."""
+
+Name = Annotated[str, StringConstraints(max_length=MAX_NAME_CHARACTERS)]
+Metadata = Annotated[
+    dict[
+        Annotated[str, StringConstraints(max_length=MAX_METADATA_KEY)],
+        Annotated[str, StringConstraints(max_length=MAX_METADATA_VALUE)],
+    ],
+    BeforeValidator(_few_pairs),
+    Field(max_length=MAX_METADATA),
+]
+Count = Annotated[int, Field(ge=1, le=MAX_INT32)]
+Natural = Annotated[int, Field(ge=0, le=MAX_INT32)]
+TokenId = Annotated[int, Field(ge=0, le=MAX_INT32)]

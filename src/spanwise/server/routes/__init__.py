@@ -1,0 +1,1 @@
+"""What each route does, from a checked request to its answer."""

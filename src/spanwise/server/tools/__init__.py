@@ -1,0 +1,1 @@
+"""Tool calls: what a request offers, how a model writes them, and how they are read back."""

@@ -1,0 +1,1 @@
+"""The wire: connections, their limits and their end, around any ASGI application."""
