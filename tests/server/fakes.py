@@ -41,7 +41,8 @@ class FakeEngine:
     """Takes requests as an ``AsyncEngine`` does; everything but the model is the real thing.
 
     ``script`` says what is answered. ``refusal`` is raised in place of taking a request. A request
-    fails with ``failure`` after ``fails_after`` tokens. While ``hold`` is set nothing comes.
+    fails with ``failure`` after ``fails_after`` tokens. While ``holding`` is set nothing comes, and
+    where ``is_late`` is set a request's time is up before its first step.
     """
 
     def __init__(self) -> None:
@@ -55,6 +56,7 @@ class FakeEngine:
         self.tokens_per_step = 1
         self.num_cached = 0
         self.is_healthy = True
+        self.is_late = False
         self.requests: list[EngineRequest] = []
         self.live: dict[int, asyncio.Task[None]] = {}
         self.num_steps = 0
@@ -151,6 +153,10 @@ class FakeEngine:
         while self.holding:
             await asyncio.sleep(0.005)
         stream.num_cached_tokens = self.num_cached
+        if self.is_late:
+            live.choices[0].take(SequenceUpdate(sequence_id=0, finish_reason="deadline"))
+            stream.push(RequestNews((live.choices[0].delta(),), finished=True))
+            return
         if request.task != "generate":
             live.choices[0].take(SequenceUpdate(sequence_id=0, finish_reason="stop"))
             pooled = _vector(live.prompt_token_ids, request.task)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -13,12 +12,12 @@ from typing import Any
 
 import httpx2
 import openai
-import uvicorn
 import uvloop
+from tests.server.fakes import FakeEngine
 
 from spanwise.server.app import create_app
 from spanwise.server.options import ServerOptions
-from tests.server.fakes import FakeEngine
+from spanwise.server.transport.server import HttpServer
 
 PATIENCE_S = 60.0  # the machine may be busy
 
@@ -55,27 +54,25 @@ def running(options: ServerOptions | None = None) -> Iterator[Running]:
     """Serve until the block ends."""
     engine = FakeEngine()
     app = create_app(engine, options or ServerOptions())
-    config = uvicorn.Config(
-        app, lifespan="off", loop="none", http="httptools", access_log=False, log_config=None
-    )
-    server, listening = uvicorn.Server(config), socket.create_server(("127.0.0.1", 0))
+    listening = socket.create_server(("127.0.0.1", 0))
+    host, port = listening.getsockname()
+    listening.setblocking(False)
+    server: list[HttpServer] = []
     loop = uvloop.new_event_loop()
     started = threading.Event()
 
     async def serve() -> None:
+        server.append(HttpServer(app, listening, shutdown_timeout_s=PATIENCE_S))
         loop.call_soon(started.set)
-        await server.serve(sockets=[listening])
+        await server[0].serve()
 
     thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
-    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
     thread.start()
     started.wait(PATIENCE_S)
-    host, port = listening.getsockname()
     try:
         yield Running(engine, f"http://{host}:{port}", loop)
     finally:
-        server.should_exit = True
+        loop.call_soon_threadsafe(server[0].stop)
         thread.join(PATIENCE_S)
         loop.run_until_complete(loop.shutdown_default_executor())
         loop.close()
-        listening.close()

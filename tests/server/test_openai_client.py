@@ -11,12 +11,12 @@ from typing import Any
 import openai
 import pytest
 from pydantic import BaseModel
+from tests.server.fakes import EOS, MODEL, Script
+from tests.server.running import Running, running
 
 from spanwise.errors import EngineError, OverloadedError
 from spanwise.server.options import ServerOptions
 from spanwise.types.serving import EngineRequest
-from tests.server.fakes import EOS, MODEL, Script
-from tests.server.running import Running, running
 
 USER = [{"role": "user", "content": "Say hello."}]
 HERMES = (

@@ -273,7 +273,7 @@ QUICK = TransportLimits(
     max_unfinished_bodies_bytes=16 * MIB,
     headers_timeout_s=1.5,
     body_window_s=1.0,
-    body_timeout_s=3.0,
+    body_timeout_s=5.0,
     write_window_s=1.5,
     keep_alive_timeout_s=20.0,
     max_connections_per_client=2000,
@@ -649,7 +649,8 @@ def test_slow_writers_are_ended_in_time(
             told = [read_all(connection) for connection in connections]
             assert not any(told)
         else:
-            for answer in drip(connections, _PATIENCE_S):
+            # Long before a body has to be whole.
+            for answer in drip(connections, QUICK.body_timeout_s - 1.0):
                 assert refused(answer, status)["code"] == "request_timeout"
         assert server.rss_bytes() - rss < 32 * MIB
     server.wait_until_idle(num_fds)
@@ -685,7 +686,7 @@ def test_a_steady_upload_ends_at_the_last_deadline(server: Server) -> None:
                 connection.sendall(b"x" * 8 * KIB)
         answer = read_all(connection)
     assert refused(answer, 408)["code"] == "request_timeout"
-    assert time.monotonic() - begin_s > 2.5
+    assert 4.5 < time.monotonic() - begin_s < 15.0
 
 
 # --- row 18: slow readers

@@ -8,6 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TypeVar
 
 import msgspec
@@ -102,7 +103,7 @@ class RequestStream:
 
 
 class Front:
-    """Sends requests, and turns what comes back into text on a thread of its own.
+    """Sends requests, and turns what comes back into text, on threads of its own.
 
     All methods are for the thread of the event loop. ``tokenizer`` is there once the model is
     located. ``phase`` says how far the engine's start has come; ``failed: ...`` once it has failed.
@@ -115,15 +116,19 @@ class Front:
         self._loop = loop
         self._channel: Channel[ToFront] = Channel(sock, ToFront)
         self._sock = sock
-        self._sending = threading.Lock()
+        self._outgoing: SimpleQueue[FromFront | None] = SimpleQueue()
         self._streams: dict[int, RequestStream] = {}
         self._answers: dict[int, asyncio.Future[None]] = {}
         self._health: deque[asyncio.Future[EngineHealth]] = deque()
         self._stats: deque[asyncio.Future[EngineStats]] = deque()
         self._failure: SpanwiseError | None = None
         self._changed = asyncio.Event()
-        self._thread = threading.Thread(target=self._listen, name="front", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=work, name=f"front-{work.__name__}", daemon=True)
+            for work in (self._listen, self._speak)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     async def wait_running(self) -> Running:
         """Wait until the engine takes requests. Raises what its start failed with."""
@@ -149,11 +154,7 @@ class Front:
 
     def send(self, message: FromFront) -> None:
         """Send a message that has no answer, or whose answer is news."""
-        with self._sending:
-            try:
-                self._channel.send(message)
-            except ChannelClosed:
-                return  # the listening thread learns of it too, and says why
+        self._outgoing.put(message)
 
     def add_stream(self, stream: RequestStream) -> None:
         """Bring the news of this request to the stream from now on."""
@@ -178,7 +179,9 @@ class Front:
     def close(self) -> None:
         """End the connection; the engine aborts what is still open."""
         self._sock.shutdown(socket.SHUT_RDWR)
-        self._thread.join()
+        self._outgoing.put(None)
+        for thread in self._threads:
+            thread.join()
         self._channel.close()
 
     async def _query(
@@ -193,6 +196,14 @@ class Front:
     def _raise_failure(self) -> None:
         if self._failure is not None:
             raise self._failure
+
+    def _speak(self) -> None:
+        """On a thread: send what is to be sent, and wait where the engine does not take it."""
+        while (message := self._outgoing.get()) is not None:
+            try:
+                self._channel.send(message)
+            except ChannelClosed:
+                return  # the listening thread learns of it too, and says why
 
     # -- the listening thread --------------------------------------------------------------------
 

@@ -102,6 +102,7 @@ class ChatAnswer:
             async for _, news in all_news:
                 yield news
                 if all(choice.has_ended for choice in self._choices):
+                    self._generation.abort()
                     return
 
     def _pieces(self, news: RequestNews) -> Iterator[tuple[int, Piece]]:

@@ -9,6 +9,7 @@ MAX_MESSAGES = 4096
 MAX_PARTS = 1024  # of one message
 MAX_CALLS = 128  # of one message
 MAX_PROMPTS = 1024
+MAX_PROMPT_TOKENS = 2**21  # more than any context
 MAX_INPUTS = 2048  # of one embedding request
 MAX_CHOICES = 64
 MAX_SEQUENCES = 4096  # prompts times choices

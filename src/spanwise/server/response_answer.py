@@ -146,6 +146,7 @@ class ResponseAnswer:
                     if (piece := self._choice.take(delta)) is not None:
                         yield piece
                 if self._choice.has_ended:
+                    self._generation.abort()
                     return
 
     def _response(self) -> Response:

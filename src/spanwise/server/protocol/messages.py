@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
-from pydantic import Field, Tag, model_validator
+from pydantic import ConfigDict, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from spanwise.server.limits import MAX_CALLS, MAX_MESSAGES, MAX_PARTS
@@ -42,6 +42,8 @@ class RefusalPart(Strict):
 
 class MediaPart(Strict):
     """Anything but text: images, sound, files. Not supported."""
+
+    model_config = ConfigDict(json_schema_extra={"not": {}})
 
     type: str
     said: ClassVar[str]

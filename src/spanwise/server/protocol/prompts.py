@@ -6,7 +6,7 @@ from typing import Annotated, cast
 
 from pydantic import Field, StringConstraints, Tag
 
-from spanwise.server.limits import MAX_INPUTS, MAX_PROMPTS
+from spanwise.server.limits import MAX_INPUTS, MAX_PROMPT_TOKENS, MAX_PROMPTS
 from spanwise.server.protocol.forms import TEXT, TEXTS, TOKEN_LISTS, TOKENS, texts_or_tokens
 from spanwise.server.protocol.strict import TokenId
 
@@ -14,7 +14,9 @@ OnePrompt = str | list[int]
 
 _EXPECTED = "Input should be a text, token ids, or a list of either"
 _FilledText = Annotated[str, StringConstraints(min_length=1)]
-_TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1)]
+_TokenIds = Annotated[
+    list[TokenId], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPT_TOKENS)
+]
 
 # A text may be empty where the model begins it with a token of its own.
 Prompts = Annotated[

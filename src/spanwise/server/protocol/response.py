@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Field, StringConstraints, Tag, model_validator
+from pydantic import ConfigDict, Discriminator, Field, StringConstraints, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from spanwise.server.errors import bad_request
@@ -43,6 +43,8 @@ Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 class Other(Strict):
     """A kind of input that is known, and not here."""
+
+    model_config = ConfigDict(json_schema_extra={"not": {}})
 
     type: str
     said: ClassVar[str]

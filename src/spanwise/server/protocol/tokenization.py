@@ -8,6 +8,7 @@ import msgspec
 from pydantic import Field
 
 from spanwise.server.errors import bad_request
+from spanwise.server.limits import MAX_PROMPT_TOKENS
 from spanwise.server.protocol.chat import TemplateFields
 from spanwise.server.protocol.messages import Messages
 from spanwise.server.protocol.strict import Strict, TokenId
@@ -39,7 +40,7 @@ class DetokenizeRequest(Strict):
     """Token ids, in vLLM's words."""
 
     model: str | None = None
-    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_PROMPT_TOKENS)]
 
 
 class Tokens(msgspec.Struct, frozen=True):
