@@ -779,6 +779,7 @@ def test_a_full_server_lets_go_of_those_that_want_nothing(tmp_path: Path) -> Non
         refused(exchange(server, GET + b"\r\n"), 503)
         time.sleep(limits.evict_after_s)
         live = streams(server, 12, stack, "127.0.0.1")
+        time.sleep(limits.evict_after_s)
         refused(exchange(server, GET + b"\r\n"), 503)
         assert all(connection.recv(1) for connection in live)
 

@@ -26,6 +26,8 @@ class EngineCore:
         self.replicas = tuple(replicas)
         self._scheduling = scheduling
         self._router = Router(len(replicas), scheduling.cache.block_size)
+        # Those whose sequences have changed since they were last fed; results feed theirs at once.
+        self._changed: set[ReplicaHandle] = set()
         self._selector = selectors.DefaultSelector()
         for replica in self.replicas:
             self._selector.register(replica.executor.fileno(), selectors.EVENT_READ, replica)
@@ -54,21 +56,29 @@ class EngineCore:
         except BaseException:
             self._router.release(request.sequence_id)
             raise
+        self._changed.add(self.replicas[replica])
 
     def end(self, sequence_id: int) -> None:
         """Forget a sequence whose caller wants no more of it; it must not have ended itself."""
-        replica = self._router.replica_of(sequence_id)
-        self.replicas[replica].scheduler.abort(sequence_id)
+        replica = self.replicas[self._router.replica_of(sequence_id)]
+        replica.scheduler.abort(sequence_id)
         self._router.release(sequence_id)
+        self._changed.add(replica)
 
     def feed(self, now_s: float) -> list[SequenceUpdate]:
         """Send every plan that can be made now; give what time alone has ended."""
         ended = []
         for replica in self.replicas:
-            ended += replica.scheduler.expire(now_s)
-            self._feed(replica, now_s)
-        if len(self.replicas) > 1:
+            wake_at_s = replica.scheduler.wake_at_s
+            if wake_at_s is not None and wake_at_s <= now_s:
+                ended += replica.scheduler.expire(now_s)
+                self._changed.add(replica)
+        for replica in self.replicas:
+            if replica in self._changed:
+                self._feed(replica, now_s)
+        if self._changed:
             self._level(now_s)
+        self._changed.clear()
         for update in ended:
             self._router.release(update.sequence_id)
         return ended
@@ -99,9 +109,11 @@ class EngineCore:
             brought += replica.scheduler.accept(result)
             # The devices work on while something is made of what came.
             self._feed(replica, time.monotonic())
-        for update in brought:
-            if update.finish_reason is not None:
-                self._router.release(update.sequence_id)
+        finished = [update for update in brought if update.finish_reason is not None]
+        for update in finished:
+            self._router.release(update.sequence_id)
+        if finished:
+            self._level(time.monotonic())
         return brought
 
     def _feed(self, replica: ReplicaHandle, now_s: float) -> None:
@@ -111,7 +123,7 @@ class EngineCore:
     def _level(self, now_s: float) -> None:
         """Move sequences that wait at a busy replica to one that has nothing waiting."""
         schedulers = [replica.scheduler for replica in self.replicas]
-        if not any(scheduler.num_waiting for scheduler in schedulers):
+        if len(schedulers) == 1 or not any(each.num_waiting for each in schedulers):
             return
         queues = [ReplicaQueue(tuple(s.withdrawable()), s.can_start) for s in schedulers]
         for move in self._router.moves(queues):

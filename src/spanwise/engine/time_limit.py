@@ -21,8 +21,8 @@ def time_limit(seconds: float) -> Iterator[None]:
     limit = _Limit(threading.get_ident())
     timer = threading.Timer(seconds, limit.strike)
     timer.daemon = True
-    timer.start()
     try:
+        timer.start()
         yield
     finally:
         timer.cancel()

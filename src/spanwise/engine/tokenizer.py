@@ -45,6 +45,7 @@ class Tokenizer:
         self._error: ModelError | None = None
         self.exists = any((folder / name).is_file() for name in _FILES)
         self._thread: threading.Thread | None = None
+        self._loading = threading.Lock()
 
     def start(self) -> None:
         """Load beside what the caller does next.
@@ -164,15 +165,22 @@ class Tokenizer:
                 f"the tokenizer in {self._folder} cannot be loaded: {reason(error)}"
             )
 
+    def _load_once(self) -> None:
+        """Return when it is loaded, whichever thread does it."""
+        if self._thread is not None:
+            self._thread.join()
+            return
+        with self._loading:
+            if self._loaded is None and self._error is None:
+                self._load()
+
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         if not self.exists:
             raise InputError(
                 "the model folder has no tokenizer; give prompt_token_ids instead of text"
             )
-        if self._thread is not None:
-            self._thread.join()
-        elif self._loaded is None and self._error is None:
-            self._load()
+        if self._loaded is None:
+            self._load_once()
         if self._error is not None:
             raise self._error
         assert self._loaded is not None
