@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -50,6 +52,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     on_gpu = {item for item in items if item.get_closest_marker("gpu")}
     if on_gpu and not _has_cuda():
         left_out |= on_gpu
+    if not (shutil.which("chromium") and find_spec("playwright")):
+        left_out |= {item for item in items if item.get_closest_marker("browser")}
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
     items[:] = [item for item in items if item not in left_out]
 

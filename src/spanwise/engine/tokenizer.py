@@ -70,7 +70,10 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, special tokens added as the tokenizer's own settings say."""
         _check_text(text)
-        ids: list[int] = self._tokenizer()(text, add_special_tokens=add_special_tokens)["input_ids"]
+        tokenizer = self._tokenizer()
+        # Not verbose: how long a prompt may be is the engine's to say.
+        encoded = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
+        ids: list[int] = encoded["input_ids"]
         return ids
 
     def encode_chat(

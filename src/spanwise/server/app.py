@@ -20,6 +20,7 @@ from spanwise.server.exchange import REQUEST_ID, ClientGoneError, Exchange
 from spanwise.server.guard import Guard
 from spanwise.server.openapi import openapi_document
 from spanwise.server.options import ServerOptions
+from spanwise.server.page.files import page_routes
 from spanwise.server.routes.table import ROUTES, Handler
 from spanwise.server.service import Service, version
 
@@ -52,6 +53,8 @@ def create_app(engine: ServingEngine, options: ServerOptions) -> FastAPI:
     for route in ROUTES:
         endpoint = _endpoint(service, route.handler)
         app.add_route(route.path, endpoint, methods=[route.method], include_in_schema=False)
+    for path, page in page_routes():
+        app.add_route(path, page, methods=["GET"], include_in_schema=False)
     app.add_exception_handler(SpanwiseError, _on_error(engine))
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_mistake)

@@ -10,6 +10,7 @@ from spanwise.server import sse
 from spanwise.server.errors import ErrorAnswer, api_error, bad_request
 from spanwise.server.exchange import Exchange
 from spanwise.server.generation import Generation
+from spanwise.server.protocol.prompts import OnePrompt
 from spanwise.server.protocol.sampling import RequestFields, SamplingFields
 from spanwise.server.protocol.usage import PromptTokensDetails, Usage
 from spanwise.server.service import Service
@@ -46,6 +47,23 @@ def engine_request(
         tenant=exchange.tenant,
         cache_salt=body.cache_salt or "",
     )
+
+
+def engine_prompt(prompt: OnePrompt, add_special_tokens: bool | None) -> dict[str, Any]:
+    """A prompt as the engine takes it."""
+    if isinstance(prompt, str):
+        return {"prompt": prompt, "add_special_tokens": add_special_tokens}
+    return {"prompt_token_ids": prompt}
+
+
+async def check_prompts(service: Service, prompts: list[OnePrompt], param: str) -> None:
+    """Raise ApiError for token ids that are none, and for texts that are much too long."""
+    for place, prompt in enumerate(prompts):
+        where = f"{param}[{place}]" if len(prompts) > 1 else param
+        if isinstance(prompt, str):
+            await service.check_length(len(prompt), where)
+        else:
+            service.check_ids(prompt, where)
 
 
 def usage_of(generation: Generation, num_output_tokens: int | None = None) -> Usage:

@@ -16,9 +16,10 @@ from spanwise.server.answers import error_answer
 from spanwise.server.errors import ApiError
 from spanwise.server.exchange import REQUEST_ID, TENANT
 from spanwise.server.options import ServerOptions
+from spanwise.server.page.files import PAGE_PATHS
 from spanwise.server.transport.refusal import new_request_id
 
-PUBLIC = frozenset({"/health", "/ready"})
+PUBLIC = frozenset({"/health", "/ready"}) | PAGE_PATHS
 
 _REQUEST_ID_HEADER = "x-request-id"
 _GOOD_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")

@@ -14,12 +14,24 @@ from spanwise.server.protocol.strict import Strict
 from spanwise.server.routes.table import ROUTES, RouteSpec
 from spanwise.server.service import version
 
+_DESCRIPTION = """\
+The routes of the OpenAI API, with vLLM's fields beside OpenAI's.
+
+A field that is null is as if it were left out. A field that is not known is refused, and so is one
+that is known but would change the answer in a way that is not supported; fields that do not change
+the answer are taken."""
 _REFERENCE = "#/components/schemas/"
-_OF_ALL = (HTTPStatus.FORBIDDEN, HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.SERVICE_UNAVAILABLE)
-_OF_BODIES = (
+_OF_ALL = (
     HTTPStatus.BAD_REQUEST,
-    HTTPStatus.NOT_FOUND,
+    HTTPStatus.FORBIDDEN,
     HTTPStatus.REQUEST_TIMEOUT,
+    HTTPStatus.REQUEST_URI_TOO_LONG,
+    HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+    HTTPStatus.INTERNAL_SERVER_ERROR,
+    HTTPStatus.SERVICE_UNAVAILABLE,
+)
+_OF_BODIES = (
+    HTTPStatus.NOT_FOUND,
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
     HTTPStatus.TOO_MANY_REQUESTS,
@@ -39,7 +51,7 @@ def openapi_document() -> dict[str, Any]:
     """The document, in OpenAPI 3.1."""
     return {
         "openapi": "3.1.0",
-        "info": {"title": "Spanwise", "version": version()},
+        "info": {"title": "Spanwise", "version": version(), "description": _DESCRIPTION},
         "paths": {_path(route): {route.method.lower(): _operation(route)} for route in ROUTES},
         "components": {
             "schemas": _schemas(),

@@ -26,6 +26,7 @@ class Service:
     options: ServerOptions
     created: int = field(default_factory=lambda: int(time.time()))
     _fingerprint: str | None = None
+    _longest_token: int | None = None
 
     @property
     def plan(self) -> EnginePlan:
@@ -110,9 +111,11 @@ class Service:
         So that nobody waits while millions of tokens are made of it in vain.
         """
         tokenizer, room = await self.tokenizer(), self.plan.max_model_len
-        if not tokenizer.exists:
+        if not tokenizer.exists or num_characters <= room:
             return
-        at_least = num_characters // await asyncio.to_thread(lambda: tokenizer.longest_token)
+        if self._longest_token is None:
+            self._longest_token = await asyncio.to_thread(lambda: tokenizer.longest_token)
+        at_least = num_characters // self._longest_token
         if at_least > room:
             raise too_long(
                 f"the prompt has more than {at_least} tokens, but the model's context is {room}; "

@@ -18,6 +18,7 @@ from spanwise.engine.messages import EngineFailed, Phase, Running, ToFront
 from spanwise.engine.service import EngineService
 from spanwise.errors import EngineError, InputError, SpanwiseError
 from spanwise.server.config import ServingConfig
+from spanwise.server.transport.tls import tls_context
 from spanwise.worker.channel import Channel, ChannelClosed
 from spanwise.worker.failure import error_of
 from spanwise.worker.python_process import PythonProcess
@@ -64,6 +65,9 @@ class Serving:
     ) -> None:
         """Open the port and start the processes. Raises InputError."""
         self._config, self._progress, self._ready, self._warn = config, progress, ready, warn
+        if config.http.certfile is not None:
+            # Every HTTP process reads it; what is wrong with it is said here, once.
+            tls_context(config.http.certfile, config.http.keyfile)
         self._selector = selectors.DefaultSelector()
         self._listening = listen(config.host, config.port)
         self._restarts: deque[float] = deque()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
-import pydantic_core
+import msgspec
 from pydantic import ValidationError
 
 from spanwise.server.errors import ApiError, bad_request, cut, several
@@ -26,9 +26,13 @@ def decode(model: type[Body], raw: bytes) -> Body:
     if not raw:
         raise bad_request("the body is empty; send a JSON object", code="invalid_json")
     try:
-        data = pydantic_core.from_json(raw, allow_inf_nan=False, cache_strings="keys")
-    except ValueError as error:
+        data = msgspec.json.decode(raw)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise bad_request(cut(f"the body is not JSON: {error}"), code="invalid_json") from error
+    except RecursionError as error:
+        raise bad_request(
+            "the body nests too deeply; make it flatter", code="invalid_json"
+        ) from error
     if not isinstance(data, dict):
         raise bad_request("the body must be a JSON object", code="invalid_json")
     try:

@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from spanwise.server.limits import MAX_CALLS, MAX_MESSAGES, MAX_PARTS
 from spanwise.server.protocol.forms import LIST, TEXT, by, text_or_list
-from spanwise.server.protocol.strict import JsonObject, Name, Strict, Unsupported
+from spanwise.server.protocol.strict import JsonObject, Name, Strict, Unsupported, is_deep
 
 _MEDIA = "<media>"
 
@@ -190,7 +190,7 @@ def template_call(call_id: str, name: str, written: str) -> dict[str, Any]:
         read = msgspec.json.decode(written)
     except (msgspec.DecodeError, RecursionError):  # the model wrote it, and may have erred
         read = None
-    if isinstance(read, dict):
+    if isinstance(read, dict) and not is_deep(read):
         arguments = read
     return {
         "id": call_id,

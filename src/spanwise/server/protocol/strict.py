@@ -6,7 +6,6 @@ of another's that would change the answer too; ``Unsupported`` marks those that 
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any
 
 from pydantic import (
@@ -74,14 +73,24 @@ class Unsupported:
         )
 
 
-def _check_json(value: Any, depth: int = MAX_DEPTH) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        raise PydanticCustomError("finite_number", "holds a number that is not finite")
-    if isinstance(value, dict | list):
-        if not depth:
-            raise PydanticCustomError("too_deep", f"nests deeper than {MAX_DEPTH} levels")
-        for each in value.values() if isinstance(value, dict) else value:
-            _check_json(each, depth - 1)
+def is_deep(value: Any) -> bool:
+    """Whether JSON nests deeper than 64 levels; whatever walks it by recursion takes less."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for each in level
+            for inner in (each.values() if isinstance(each, dict) else each)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _check_depth(value: Any) -> Any:
+    if is_deep(value):
+        raise PydanticCustomError("too_deep", f"nests deeper than {MAX_DEPTH} levels")
     return value
 
 
@@ -91,8 +100,8 @@ def _few_pairs(value: Any) -> Any:
     return value
 
 
-JsonObject = Annotated[dict[str, Any], AfterValidator(_check_json)]
-"""JSON that is passed on as it is: no deeper than 64 levels, and finite."""
+JsonObject = Annotated[dict[str, Any], AfterValidator(_check_depth)]
+"""JSON that is passed on as it is, no deeper than 64 levels."""
 
 Name = Annotated[str, StringConstraints(max_length=MAX_NAME_CHARACTERS)]
 Metadata = Annotated[

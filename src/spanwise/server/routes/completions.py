@@ -8,7 +8,13 @@ import msgspec
 from starlette.responses import Response
 
 from spanwise.server.answers import EventStream, json_answer
-from spanwise.server.asking import engine_request, error_event, sampling_params
+from spanwise.server.asking import (
+    check_prompts,
+    engine_prompt,
+    engine_request,
+    error_event,
+    sampling_params,
+)
 from spanwise.server.completion_answer import CompletionAnswer
 from spanwise.server.errors import bad_request
 from spanwise.server.exchange import Exchange
@@ -66,23 +72,6 @@ def _params(service: Service, body: CompletionRequest) -> Any:
 
 def _request(template: EngineRequest, body: CompletionRequest, prompt: OnePrompt) -> EngineRequest:
     return msgspec.structs.replace(template, prompt=engine_prompt(prompt, body.add_special_tokens))
-
-
-def engine_prompt(prompt: OnePrompt, add_special_tokens: bool | None) -> dict[str, Any]:
-    """A prompt as the engine takes it."""
-    if isinstance(prompt, str):
-        return {"prompt": prompt, "add_special_tokens": add_special_tokens}
-    return {"prompt_token_ids": prompt}
-
-
-async def check_prompts(service: Service, prompts: list[OnePrompt], param: str) -> None:
-    """Raise ApiError for token ids that are none, and for texts that are much too long."""
-    for place, prompt in enumerate(prompts):
-        where = f"{param}[{place}]" if len(prompts) > 1 else param
-        if isinstance(prompt, str):
-            await service.check_length(len(prompt), where)
-        else:
-            service.check_ids(prompt, where)
 
 
 async def _echoes(

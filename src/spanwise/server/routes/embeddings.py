@@ -13,7 +13,7 @@ import msgspec
 from starlette.responses import Response
 
 from spanwise.server.answers import json_answer
-from spanwise.server.asking import engine_request
+from spanwise.server.asking import check_prompts, engine_prompt, engine_request
 from spanwise.server.errors import timed_out
 from spanwise.server.exchange import Exchange
 from spanwise.server.generation import Generation
@@ -21,7 +21,6 @@ from spanwise.server.protocol.embedding import EmbeddingRequest
 from spanwise.server.protocol.embedding_answer import Embedding, Embeddings
 from spanwise.server.protocol.prompts import each_prompt
 from spanwise.server.protocol.usage import EmbeddingUsage
-from spanwise.server.routes.completions import check_prompts, engine_prompt
 from spanwise.server.service import Service
 from spanwise.types.plan import TaskKind
 from spanwise.types.sampling import SamplingParams

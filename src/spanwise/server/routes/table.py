@@ -9,6 +9,7 @@ import msgspec
 from starlette.responses import Response
 
 from spanwise.server.exchange import Exchange
+from spanwise.server.page.status import ServerStatus, status
 from spanwise.server.protocol.chat import ChatRequest
 from spanwise.server.protocol.chat_answer import ChatChunk, ChatCompletion
 from spanwise.server.protocol.completion import CompletionRequest
@@ -92,6 +93,7 @@ ROUTES = (
     RouteSpec("/tokenizer_info", tokenizer_info, "Describe the tokenizer", TokenizerInfo),
     RouteSpec("/health", health, "Whether every thread answers", HealthStatus),
     RouteSpec("/ready", ready, "Whether requests are taken", ReadyStatus),
+    RouteSpec("/status", status, "Show plan, health and counts", ServerStatus),
     RouteSpec("/version", show_version, "Show the version", Version),
     RouteSpec("/metrics", metrics, "Count, for Prometheus", None),
 )

@@ -151,13 +151,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if self._is_refused:
             return
         self._unset_keepalive_if_required()
-        if self._read_timer is None and not self._answering:
-            self._await_headers()
         rest = memoryview(data)
         while rest and not self._is_refused:
             size = self._meter.room_bytes
             self._parse(rest[:size])
             rest = rest[size:]
+        if self._read_timer is None:
+            self._await_rest()
 
     def _parse(self, data: memoryview) -> None:
         self._meter.feed(len(data))
@@ -213,7 +213,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._answering.append(self.cycle)
         if self.place is not None:
             self.place.work()
-        self._await_body()
+        self._stop_reading_timer()
 
     def on_chunk_header(self) -> None:
         """A chunk of the body begins; the parser calls this where there is such a method."""
@@ -320,12 +320,15 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.transport.close()
             self._watch_end()
 
-    def _await_body(self) -> None:
-        self._stop_reading_timer()
-        self._seen_body_bytes = 0
-        self._body_windows = 0
-        self._is_excused = False
-        self._read_timer = self.loop.call_later(self._limits.body_window_s, self._check_body)
+    def _await_rest(self) -> None:
+        """Set a deadline for what is not whole yet, or for the next request where nothing runs."""
+        if self._meter.has_headers:
+            self._seen_body_bytes = 0
+            self._body_windows = 0
+            self._is_excused = self.flow.read_paused
+            self._read_timer = self.loop.call_later(self._limits.body_window_s, self._check_body)
+        elif not self._answering:
+            self._await_headers()
 
     def _check_body(self) -> None:
         """Judge a window, unless the application kept the client waiting in it."""
