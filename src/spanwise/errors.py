@@ -12,6 +12,10 @@ class InputError(SpanwiseError):
     """What the caller gave cannot be used: a value, a file, a prompt."""
 
 
+class ContextLengthError(InputError):
+    """The prompt leaves no room for an answer in the model's context."""
+
+
 class ModelError(InputError):
     """The model folder is missing, damaged, or holds a model that is not supported."""
 

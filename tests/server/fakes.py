@@ -14,7 +14,7 @@ from spanwise.engine.front import RequestStream
 from spanwise.engine.launch import EnginePlan
 from spanwise.engine.prompt import read_prompt
 from spanwise.engine.tokenizer import Tokenizer
-from spanwise.errors import EngineError, InputError, SpanwiseError
+from spanwise.errors import ContextLengthError, EngineError, InputError, SpanwiseError
 from spanwise.scheduler.update import SequenceUpdate
 from spanwise.types.plan import TokenLogprobs
 from spanwise.types.serving import (
@@ -133,7 +133,7 @@ class FakeEngine:
         if not token_ids:
             raise InputError("the prompt has no tokens; give at least one")
         if len(token_ids) >= CONTEXT:
-            raise InputError(
+            raise ContextLengthError(
                 f"the prompt has {len(token_ids)} tokens, but max_model_len {CONTEXT} leaves room "
                 f"for {CONTEXT - 1}; shorten it or raise max_model_len"
             )

@@ -132,6 +132,7 @@ def test_names_that_were_allowed() -> None:
     with running(ServerOptions(host="0.0.0.0")) as server, server.client() as client:
         headers = {"host": "any.example", "origin": "http://other.example"}
         assert client.get("/health", headers=headers).status_code == 200
+        check_refusal(client.get("/nope", headers={"host": "["}), 404)
 
 
 def test_the_name_of_a_request(client: httpx2.Client) -> None:

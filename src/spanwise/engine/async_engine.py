@@ -22,7 +22,7 @@ from spanwise.engine.prompt import Prompt, read_prompt
 from spanwise.engine.sampling_defaults import resolve_sampling, stop_token_ids
 from spanwise.engine.service import EngineService
 from spanwise.engine.tokenizer import Tokenizer
-from spanwise.errors import EngineError
+from spanwise.errors import EngineError, OverloadedError
 from spanwise.types.outputs import RequestOutput
 from spanwise.types.sampling import Grammar, SamplingParams
 from spanwise.types.serving import EngineHealth, EngineRequest, EngineStats
@@ -156,8 +156,8 @@ class AsyncEngine:
         return await self._front.stats()
 
     def interrupt(self, reason: str) -> None:
-        """End every open request with an EngineError, and take no more: this program ends."""
-        self._front.interrupt(EngineError(reason))
+        """End every open request with an OverloadedError, and take no more: this program ends."""
+        self._front.interrupt(OverloadedError(reason))
 
     async def close(self) -> None:
         """End the connection, and the engine where it was started here. May be called again."""

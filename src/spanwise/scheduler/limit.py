@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spanwise.errors import InputError
+from spanwise.errors import ContextLengthError, InputError
 from spanwise.scheduler.block_table import max_positions
 from spanwise.scheduler.config import SchedulerConfig
 from spanwise.scheduler.request import SequenceRequest
@@ -20,7 +20,7 @@ def length_limit(request: SequenceRequest, config: SchedulerConfig) -> int:
     pooled = request.task != "generate"
     longest = config.max_model_len + pooled
     if num_known >= longest:
-        raise InputError(
+        raise ContextLengthError(
             f"the prompt has {num_known} tokens, but max_model_len {config.max_model_len} leaves "
             f"room for {longest - 1}; shorten it or raise max_model_len"
         )

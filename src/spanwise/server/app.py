@@ -83,7 +83,7 @@ def _on_error(engine: ServingEngine) -> Callable[[Request, Exception], Response]
 def _on_http_error(request: Request, error: Exception) -> Response:
     """No such route, or not with this method."""
     assert isinstance(error, HTTPException)
-    where = cut(f"{request.method} {request.url.path}")
+    where = cut(f"{request.method} {request.scope['path']}")
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         said, code = f"{where} is not allowed; see Allow", "method_not_allowed"
     else:

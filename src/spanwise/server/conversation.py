@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from spanwise.server.errors import bad_request, unsupported
+from spanwise.server.protocol.messages import TemplateStyle
 from spanwise.server.service import Service
 from spanwise.server.tool_use import ToolUse, plan_tools
 from spanwise.server.tools.parser import ToolParser
@@ -127,6 +128,15 @@ def _variables(
 def reads(template: str, name: str) -> bool:
     """Whether a template may read a variable or know a word."""
     return re.search(rf"\b{name}\b", template) is not None
+
+
+def style_of(template: str | None) -> TemplateStyle:
+    """What a template expects, by the words it knows."""
+    known = template or ""
+    return TemplateStyle(
+        knows_developer=reads(known, "developer"),
+        reads_objects=reads(known, "tojson") or reads(known, "items"),
+    )
 
 
 def _num_characters(value: Any) -> int:

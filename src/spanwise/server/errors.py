@@ -10,6 +10,7 @@ from http import HTTPStatus
 import msgspec
 
 from spanwise.errors import (
+    ContextLengthError,
     DeviceError,
     InputError,
     LayoutError,
@@ -147,8 +148,10 @@ def api_error(error: SpanwiseError, request_id: str, engine: ServingEngine) -> A
             return error
         case OverloadedError():
             return _overloaded(error)
+        case ContextLengthError():
+            return too_long(cut(reason(error)))
         case InputError() if not isinstance(error, _OURS):
-            return _refused(reason(error))
+            return bad_request(cut(reason(error)))
     _LOG.error("request %s: %s", clean(request_id), clean(reason(error, expected=False)))
     if not engine.is_ready:
         return not_ready(engine.phase)
@@ -174,11 +177,6 @@ def _overloaded(error: OverloadedError) -> ApiError:
         code="rate_limit_exceeded" if error.of_tenant else "overloaded",
         headers=_retry_after(error.retry_after_s),
     )
-
-
-def _refused(said: str) -> ApiError:
-    # The engine says so where a prompt leaves no room for an answer.
-    return too_long(cut(said)) if "max_model_len" in said else bad_request(cut(said))
 
 
 def _retry_after(seconds: float) -> dict[str, str]:

@@ -6,6 +6,7 @@ It ends at SIGTERM, in an orderly way, and when its parent is gone.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import socket
@@ -35,6 +36,9 @@ async def serve(config: HttpConfig, listening: socket.socket, front: socket.sock
         interrupt=lambda: engine.interrupt("the server is shutting down; send it again"),
         access_logger=logging.getLogger("spanwise.access") if config.access_log else None,
     )
+    # A collection would look at a million objects that libraries made and nobody drops.
+    gc.collect()
+    gc.freeze()
     try:
         await server.serve()
     finally:

@@ -74,6 +74,7 @@ class Serving:
         self._http: list[PythonProcess] = []
         self._error: SpanwiseError | None = None
         self._is_ending = False
+        self._num_signals = 0
         # Not on a command line, which every user of this machine may read.
         self._http_config_fd = os.memfd_create("spanwise-http-config", os.MFD_CLOEXEC)
         os.write(self._http_config_fd, msgspec.json.encode(config.http))
@@ -120,7 +121,7 @@ class Serving:
     # -- events ----------------------------------------------------------------------------------
 
     def _hear_signals(self, wake_read: int) -> None:
-        os.read(wake_read, 4096)
+        self._num_signals += len(os.read(wake_read, 4096))
         self._is_ending = True
 
     def _hear_status(self) -> None:
@@ -173,8 +174,9 @@ class Serving:
     def _end(self, wake_read: int) -> None:
         """Let requests finish, as long as they may; a second signal shortens that."""
         self._listening.close()
-        for process in self._http:
-            process.signal(signal.SIGTERM)
+        for _ in range(max(1, self._num_signals)):
+            for process in self._http:
+                process.signal(signal.SIGTERM)
         deadline_s = time.monotonic() + self._config.http.shutdown_timeout_s + _END_GRACE_S
         with selectors.DefaultSelector() as selector:
             selector.register(wake_read, selectors.EVENT_READ)

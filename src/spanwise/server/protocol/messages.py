@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
@@ -151,15 +152,39 @@ Message = Annotated[
 Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
 
 
-def template_message(message: Message, knows_developer: bool) -> dict[str, Any]:
-    """A message as chat templates read it: content in one text, arguments as what they say.
+@dataclass(frozen=True)
+class TemplateStyle:
+    """What a chat template expects: ``knows_developer`` as a role, ``reads_objects`` as arguments.
 
-    Templates that know nothing of developers get their words as the system's.
+    Templates that know nothing of developers get their words as the system's; those that write
+    arguments down as they come get them as text.
     """
-    role = message.role
-    if role == "developer" and not knows_developer:
-        role = "system"
-    written: dict[str, Any] = {"role": role, "content": _text(message.content)}
+
+    knows_developer: bool
+    reads_objects: bool
+
+    def role(self, role: str) -> str:
+        """The role to write."""
+        return "system" if role == "developer" and not self.knows_developer else role
+
+    def call(self, call_id: str, name: str, arguments: str) -> dict[str, Any]:
+        """A call, with arguments as what they say where that is an object."""
+        read: Any = arguments
+        if self.reads_objects:
+            try:
+                read = msgspec.json.decode(arguments)
+            except (msgspec.MsgspecError, RecursionError):  # the model wrote it, and may have erred
+                read = arguments
+        given = read if isinstance(read, dict) and not is_deep(read) else arguments
+        return {"id": call_id, "type": "function", "function": {"name": name, "arguments": given}}
+
+
+def template_message(message: Message, style: TemplateStyle) -> dict[str, Any]:
+    """A message as chat templates read it: content in one text."""
+    written: dict[str, Any] = {
+        "role": style.role(message.role),
+        "content": _text(message.content),
+    }
     if message.name is not None:
         written["name"] = message.name
     if isinstance(message, ToolMessage):
@@ -169,7 +194,7 @@ def template_message(message: Message, knows_developer: bool) -> dict[str, Any]:
             written["content"] = message.refusal or ""
         if message.tool_calls:
             written["tool_calls"] = [
-                template_call(call.id, call.function.name, call.function.arguments)
+                style.call(call.id, call.function.name, call.function.arguments)
                 for call in message.tool_calls
             ]
         if (reasoning := message.reasoning_content or message.reasoning) is not None:
@@ -181,19 +206,3 @@ def _text(content: str | list[Part] | None) -> str | None:
     if content is None or isinstance(content, str):
         return content
     return "\n".join(part.said for part in content)
-
-
-def template_call(call_id: str, name: str, written: str) -> dict[str, Any]:
-    """A call as chat templates read it: its arguments as what they say, where that is an object."""
-    arguments: Any = written
-    try:
-        read = msgspec.json.decode(written)
-    except (msgspec.DecodeError, RecursionError):  # the model wrote it, and may have erred
-        read = None
-    if isinstance(read, dict) and not is_deep(read):
-        arguments = read
-    return {
-        "id": call_id,
-        "type": "function",
-        "function": {"name": name, "arguments": arguments},
-    }

@@ -7,7 +7,7 @@ from starlette.responses import Response
 from spanwise.server.answers import EventStream, json_answer
 from spanwise.server.asking import engine_request, error_event, sampling_params
 from spanwise.server.chat_answer import ChatAnswer
-from spanwise.server.conversation import Conversation, Plan, plan_conversation, reads
+from spanwise.server.conversation import Conversation, Plan, plan_conversation, style_of
 from spanwise.server.exchange import Exchange
 from spanwise.server.generation import Generation
 from spanwise.server.protocol.chat import ChatRequest
@@ -38,9 +38,9 @@ async def _answer(service: Service, exchange: Exchange, body: ChatRequest) -> Re
 async def _plan(service: Service, exchange: Exchange, body: ChatRequest) -> Plan:
     keys = body.template_keys(service.options.trust_request_chat_template)
     template = body.chat_template or await service.template(bool(body.tools))
-    knows_developer = reads(template or "", "developer")
+    style = style_of(template)
     conversation = Conversation(
-        messages=[template_message(message, knows_developer) for message in body.messages],
+        messages=[template_message(message, style) for message in body.messages],
         tools=None if body.tools is None else [as_given(tool) for tool in body.tools],
         tool_choice=as_given(body.tool_choice),
         parallel=body.parallel_tool_calls is not False,

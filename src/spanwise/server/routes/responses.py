@@ -10,12 +10,12 @@ from starlette.responses import Response
 from spanwise.errors import SpanwiseError
 from spanwise.server.answers import EventStream, json_answer
 from spanwise.server.asking import engine_request, sampling_params
-from spanwise.server.conversation import Conversation, Plan, plan_conversation, reads
+from spanwise.server.conversation import Conversation, Plan, plan_conversation, style_of
 from spanwise.server.errors import api_error
 from spanwise.server.exchange import Exchange
 from spanwise.server.generation import Generation
 from spanwise.server.protocol.constraint import ANY_OBJECT, JsonObjectFormat
-from spanwise.server.protocol.messages import template_call
+from spanwise.server.protocol.messages import TemplateStyle
 from spanwise.server.protocol.response import (
     InputCall,
     InputCallOutput,
@@ -65,7 +65,7 @@ def _error_event(
 async def _plan(service: Service, exchange: Exchange, body: ResponseRequest) -> Plan:
     template = await service.template(bool(body.tools))
     conversation = Conversation(
-        messages=_messages(body, reads(template or "", "developer")),
+        messages=_messages(body, style_of(template)),
         tools=[_tool(tool) for tool in body.tools] if body.tools else None,
         tool_choice=_tool_choice(body),
         parallel=body.parallel_tool_calls is not False,
@@ -107,7 +107,7 @@ def _tool_choice(body: ResponseRequest) -> Any:
 # -- the conversation ----------------------------------------------------------------------------
 
 
-def _messages(body: ResponseRequest, knows_developer: bool) -> list[dict[str, Any]]:
+def _messages(body: ResponseRequest, style: TemplateStyle) -> list[dict[str, Any]]:
     """The input as chat templates read it."""
     messages: list[dict[str, Any]] = []
     if body.instructions is not None:
@@ -115,25 +115,23 @@ def _messages(body: ResponseRequest, knows_developer: bool) -> list[dict[str, An
     if isinstance(body.input, str):
         return [*messages, {"role": "user", "content": body.input}]
     for item in body.input:
-        _add(messages, item, knows_developer)
+        _add(messages, item, style)
     return messages
 
 
-def _add(messages: list[dict[str, Any]], item: InputItem, knows_developer: bool) -> None:
+def _add(messages: list[dict[str, Any]], item: InputItem, style: TemplateStyle) -> None:
     match item:
         case InputCall():
             # Calls belong to what the model said right before them.
             if not messages or messages[-1]["role"] != "assistant":
                 messages.append({"role": "assistant", "content": ""})
-            call = template_call(item.call_id, item.name, item.arguments)
+            call = style.call(item.call_id, item.name, item.arguments)
             messages[-1].setdefault("tool_calls", []).append(call)
         case InputCallOutput():
             output = {"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)}
             messages.append(output)
         case InputMessage():
-            known = item.role != "developer" or knows_developer
-            role = item.role if known else "system"
-            messages.append({"role": role, "content": _text(item.content)})
+            messages.append({"role": style.role(item.role), "content": _text(item.content)})
 
 
 def _text(content: InputContent) -> str:

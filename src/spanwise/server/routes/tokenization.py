@@ -7,7 +7,7 @@ from typing import Any
 from starlette.responses import Response
 
 from spanwise.server.answers import json_answer
-from spanwise.server.conversation import Conversation, conversation_prompt, reads
+from spanwise.server.conversation import Conversation, conversation_prompt, style_of
 from spanwise.server.errors import bad_request
 from spanwise.server.exchange import Exchange
 from spanwise.server.protocol.messages import template_message
@@ -53,8 +53,8 @@ async def _prompt(service: Service, body: TokenizeRequest) -> dict[str, Any]:
     keys = body.template_keys(service.options.trust_request_chat_template)
     tools = None if body.tools is None else [as_given(tool) for tool in body.tools]
     template = body.chat_template or await service.template(bool(tools))
-    knows_developer = reads(template or "", "developer")
-    messages = [template_message(message, knows_developer) for message in body.messages]
+    style = style_of(template)
+    messages = [template_message(message, style) for message in body.messages]
     conversation = Conversation(messages=messages, tools=tools, template_keys=keys)
     return await conversation_prompt(service, conversation, with_tools=bool(tools))
 

@@ -156,7 +156,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             size = self._meter.room_bytes
             self._parse(rest[:size])
             rest = rest[size:]
-        if self._read_timer is None:
+        if self._read_timer is None and not self._is_refused:
             self._await_rest()
 
     def _parse(self, data: memoryview) -> None:
