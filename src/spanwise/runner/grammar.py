@@ -157,21 +157,31 @@ def _add(bits: bytearray, token_ids: Sequence[int], vocab_size: int) -> None:
 
 
 # White space ends somewhere: models that are not sure go on writing it. Enough to indent by.
-_JSON_SPACE = r"[ \n\r\t]{1,24}"
+_JSON_STYLE = r'{"whitespace_pattern": "[ \\n\\r\\t]{1,24}"}'
 
 
 def _source(grammar: Grammar) -> str:
     """The grammar as llguidance takes it."""
     match grammar.kind:
         case "json_schema":
-            return LLMatcher.grammar_from_json_schema(
-                grammar.text, defaults={"whitespace_pattern": _JSON_SPACE}
-            )
+            return _json_source(grammar.text)
         case "regex":
             return LLMatcher.grammar_from_regex(grammar.text)
         case "lark":
             # As it is, a text that begins with a brace would be taken for something else.
             return msgspec.json.encode({"grammars": [{"lark_grammar": grammar.text}]}).decode()
+
+
+def _json_source(schema: str) -> str:
+    """The schema's grammar, with a style where it has none of its own."""
+    inner = schema.strip()
+    if inner == "true":
+        inner = "{}"  # says the same
+    # As text: a schema may be nested deeper than a parser cares for, which llguidance then says.
+    if inner.startswith("{") and '"x-guidance"' not in inner:
+        rest = inner[1:].lstrip()
+        inner = f'{{"x-guidance":{_JSON_STYLE}{"" if rest.startswith("}") else ","}{rest}'
+    return LLMatcher.grammar_from_json_schema(inner)
 
 
 def _tokenizer_parts(folder: Path) -> dict[str, Any]:
