@@ -270,6 +270,32 @@ def test_too_much_is_refused_before_it_costs_anything() -> None:
         running.close()
 
 
+def test_a_request_that_is_cancelled_at_any_moment_gives_its_place_back() -> None:
+    running = EngineService(config(admission=AdmissionLimits(max_requests_per_tenant=3)))
+    try:
+
+        async def use(engine: AsyncEngine) -> None:
+            request = EngineRequest(prompt="x", params=SamplingParams(max_tokens=2), tenant="t")
+
+            async def whole() -> None:
+                async for _ in await engine.open(request):
+                    continue
+
+            for number in range(60):
+                opening = asyncio.ensure_future(engine.open(request))
+                for _ in range(number % 6):  # as many turns of the loop
+                    await asyncio.sleep(0)
+                if not opening.cancel():
+                    (await opening).abort()
+                await asyncio.gather(opening, return_exceptions=True)
+            await idle(engine)
+            await asyncio.gather(whole(), whole(), whole())
+
+        with_engine(running, use)
+    finally:
+        running.close()
+
+
 def test_a_start_that_fails_says_why_and_leaves_nothing(tmp_path: object) -> None:
     async def run() -> None:
         with pytest.raises(ModelError, match="no-such-model"):

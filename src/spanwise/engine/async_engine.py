@@ -111,8 +111,8 @@ class AsyncEngine:
         running = self._running()
         request_id, arrived_s = next(self._request_ids), time.monotonic()
         guess = _guess_tokens(request.prompt)
-        await self._front.ask(request_id, Admit(request_id, guess, request.tenant, arrived_s))
         try:
+            await self._front.ask(request_id, Admit(request_id, guess, request.tenant, arrived_s))
             return await self._submit(request_id, arrived_s, request, running)
         except BaseException:
             self._drop(request_id)

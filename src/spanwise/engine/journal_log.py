@@ -16,7 +16,7 @@ _MAGIC = 0x4C4E524A_4E415053
 _HEADER = struct.Struct("<QQ")  # magic; which of the two regions is the one that counts
 _REGION = struct.Struct("<QQQ")  # generation of its frames, offset, bytes
 _PAGE = mmap.PAGESIZE
-_LEAST_BYTES = 1 << 20
+_LEAST_BYTES = 1 << 18
 
 
 @dataclass(frozen=True)
