@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -315,7 +316,7 @@ def test_the_owners_death_ends_everything_while_streams_run() -> None:
     pid = os.fork()
     if pid == 0:  # pragma: no cover - another process
         os.dup2(write_end, 1)
-        os.execv(os.sys.executable, [os.sys.executable, "-c", script])  # type: ignore[attr-defined]
+        os.execv(sys.executable, [sys.executable, "-c", script])
     os.close(write_end)
     with os.fdopen(read_end) as told:
         pids = [int(word) for word in told.readline().split()]

@@ -17,7 +17,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from spanwise.comm.communicator import Communicator, RankComm
 from spanwise.comm.process_group import Backend, GroupCommunicator, GroupLink, Operations
 from spanwise.comm.single import SingleCommunicator
-from spanwise.errors import CommunicationError
+from spanwise.errors import CommunicationError, reason
 
 _HOST = "127.0.0.1"
 
@@ -116,10 +116,9 @@ class NcclGroups:
             nccl = dist.ProcessGroupNCCL(store, rank, size, options)
             nccl.eager_connect_single_device(self._device)
         except RuntimeError as error:
-            first_line = str(error).partition("\n")[0]
             raise CommunicationError(
                 f"{self._rank_name}: NCCL group {name} of {size} on {self._device} could not be "
-                f"made: {first_line}; two ranks on one card need shared memory instead"
+                f"made: {reason(error)}; two ranks on one card need shared memory instead"
             ) from error
         backend = cast(Backend, nccl)
         self._backends.append(backend)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -48,18 +49,10 @@ class LayerAttention:
             softcap=softcap or 0.0,
             kv_index=self.kv_index,
         )
+        step = self.context.step
+        group = step.group_of[self.layer]
         out = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
-        seen = 0
-        for row in self.context.step.rows:
-            group = self.context.step.group_of[self.layer]
-            slots = row.read_slots[group]
-            if self.spec.kind == "latent":
-                keys = key[0, :, seen : seen + slots.shape[0]]
-                values = value[0, :, seen : seen + slots.shape[0]]
-                seen += slots.shape[0]
-            else:
-                assert self.cache is not None
-                keys, values = self.cache.read(self.layer, slots)
+        for row, (keys, values) in zip(step.rows, self._histories(key, value), strict=True):
             end = row.offset + row.count
             part = attend(
                 query[0, :, row.offset : end],
@@ -72,3 +65,15 @@ class LayerAttention:
             )
             out[row.offset : end] = part.transpose(0, 1)
         return out[None]
+
+    def _histories(
+        self, key: torch.Tensor, value: torch.Tensor
+    ) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+        """What each row reads; a latent layer gives it itself, expanded, row after row."""
+        if self.spec.kind == "latent":
+            step = self.context.step
+            counts = step.reads[step.group_of[self.layer]].counts
+            keys, values = (torch.split(part[0], counts, dim=1) for part in (key, value))
+            return zip(keys, values, strict=True)
+        assert self.cache is not None
+        return self.cache.histories(self.layer)

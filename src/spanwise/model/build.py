@@ -70,8 +70,7 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMod
         ImportError,
         AssertionError,
     ) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ModelError(f"{config.model_type} cannot be built: {reason}") from error
+        raise ModelError(f"{config.model_type} cannot be built: {reason(error)}") from error
     for part in _configs(model):
         part._experts_implementation = seams.EXPERTS
     # Only used to warn about padding, by looking at the data of every step. Past the config's own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,11 +54,20 @@ class PagedCache(CacheShape):
         store.values.index_copy_(0, slots, value_states[0].transpose(0, 1))
         if store.spec.kind != "latent":
             return key_states, value_states
-        history = torch.cat([row.read_slots[group] for row in step.rows])
-        keys, values = store.keys[history], store.values[history]
+        keys, values = _gather(store, step.reads[group].slots)
         return keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
 
-    def read(self, layer_idx: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values ``[heads, slots, dim]`` at the given slots."""
-        store = self.stores[layer_idx]
-        return store.keys[slots].transpose(0, 1), store.values[slots].transpose(0, 1)
+    def histories(self, layer_idx: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values ``[heads, slots, dim]`` that each row of the step reads."""
+        step, store = self.context.step, self.stores[layer_idx]
+        reads = step.reads[step.group_of[layer_idx]]
+        sizes = [sum(counts) for counts in reads.gathers]
+        for slots, counts in zip(torch.split(reads.slots, sizes), reads.gathers, strict=True):
+            keys, values = (torch.split(part, list(counts)) for part in _gather(store, slots))
+            for key, value in zip(keys, values, strict=True):
+                yield key.transpose(0, 1), value.transpose(0, 1)
+
+
+def _gather(store: LayerStore, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values ``[slots, heads, dim]``; ``index_select``, since indexing costs far more."""
+    return store.keys.index_select(0, slots), store.values.index_select(0, slots)

@@ -9,10 +9,12 @@ from itertools import islice
 import torch
 
 from spanwise.device.memory import move_together
-from spanwise.model.batch import RowSpan, StepBatch
-from spanwise.runner.sequences import SequenceTable
+from spanwise.model.batch import CacheReads, RowSpan, StepBatch
+from spanwise.runner.sequences import KnownSequence, SequenceTable
 from spanwise.types.cache import CacheLayout
 from spanwise.types.plan import Row
+
+MAX_GATHER_SLOTS = 8192  # 32 MiB of bfloat16 in a layer of 8 KV heads of 128
 
 
 @dataclass(frozen=True)
@@ -44,27 +46,28 @@ class BatchBuilder:
     ) -> tuple[StepBatch, list[WantedLogits]]:
         """``reads_tokens``: whether the rank embeds token ids; others need only their number."""
         token_ids: list[int] = []
-        positions: list[torch.Tensor] = []
-        lengths: list[torch.Tensor] = []
+        positions: list[int] = []
+        lengths: list[int] = []
         spans: list[RowSpan] = []
         offset = 0
         for row in rows:
             end = row.start + row.count
             if reads_tokens:
                 token_ids += known[row.sequence_id].token_ids[row.start : end]
-            positions.append(torch.arange(row.start, end))
-            lengths.append(torch.full((row.count,), row.length))
-            spans.append(self._span(row, offset, known[row.sequence_id].slots))
+            positions += range(row.start, end)
+            lengths += [row.length] * row.count
+            spans.append(self._span(row, offset))
             offset += row.count
         wanted, index = _wanted(rows, known)
         ids = torch.tensor(token_ids) if reads_tokens else torch.zeros(offset, dtype=torch.long)
         assert ids.shape[0] == offset, "a row reads tokens that are not known"
         batch = StepBatch(
             token_ids=ids,
-            positions=torch.cat(positions),
-            lengths=torch.cat(lengths),
+            positions=torch.tensor(positions),
+            lengths=torch.tensor(lengths),
             rows=spans,
             write_slots=self._write_slots(rows, known),
+            reads=self._reads(spans, [known[row.sequence_id] for row in rows]),
             group_of=self._group_of,
             wanted=torch.tensor(index, dtype=torch.long),
         )
@@ -74,19 +77,35 @@ class BatchBuilder:
         """The batch on the rank's device."""
         if self._device.type == "cpu":
             return batch
-        own = [batch.token_ids, batch.positions, batch.lengths, batch.wanted, *batch.write_slots]
-        read = [slots for row in batch.rows for slots in row.read_slots]
-        moved = iter(move_together([*own, *read], self._device))
-        ids, positions, lengths, wanted = islice(moved, 4)
-        write_slots = tuple(islice(moved, len(batch.write_slots)))
-        rows = [replace(r, read_slots=tuple(islice(moved, len(r.read_slots)))) for r in batch.rows]
-        return StepBatch(ids, positions, lengths, rows, write_slots, batch.group_of, wanted)
+        read = [reads.slots for reads in batch.reads]
+        rest = [batch.token_ids, batch.positions, batch.lengths, batch.wanted]
+        moved = iter(move_together([*rest, *batch.write_slots, *read], self._device))
+        ids, positions, lengths, wanted = islice(moved, len(rest))
+        return replace(
+            batch,
+            token_ids=ids,
+            positions=positions,
+            lengths=lengths,
+            wanted=wanted,
+            write_slots=tuple(islice(moved, len(batch.write_slots))),
+            reads=tuple(replace(r, slots=s) for r, s in zip(batch.reads, moved, strict=True)),
+        )
 
-    def _span(self, row: Row, offset: int, slots: Sequence[torch.Tensor]) -> RowSpan:
+    def _span(self, row: Row, offset: int) -> RowSpan:
         first = tuple(max(0, row.start - w + 1) if w else 0 for w in self._windows)
-        end = row.start + row.count
-        read = tuple(own[begin:end] for own, begin in zip(slots, first, strict=True))
-        return RowSpan(offset, row.count, row.start, first, read)
+        return RowSpan(offset, row.count, row.start, first)
+
+    def _reads(
+        self, spans: Sequence[RowSpan], sequences: Sequence[KnownSequence]
+    ) -> tuple[CacheReads, ...]:
+        found = []
+        for group in range(len(self._windows)):
+            slots = [
+                sequence.slots[group][span.first_read[group] : span.start + span.count]
+                for span, sequence in zip(spans, sequences, strict=True)
+            ]
+            found.append(CacheReads(torch.cat(slots), _gathers([len(own) for own in slots])))
+        return tuple(found)
 
     def _write_slots(self, rows: Sequence[Row], known: SequenceTable) -> tuple[torch.Tensor, ...]:
         return tuple(
@@ -95,6 +114,19 @@ class BatchBuilder:
             )
             for group in range(len(self._windows))
         )
+
+
+def _gathers(counts: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Neighbouring rows that read at most ``MAX_GATHER_SLOTS`` together; a longer row alone."""
+    gathers: list[list[int]] = []
+    room = 0
+    for count in counts:
+        if count > room:
+            gathers.append([])
+            room = MAX_GATHER_SLOTS
+        gathers[-1].append(count)
+        room -= count
+    return tuple(tuple(gather) for gather in gathers)
 
 
 def _wanted(rows: Sequence[Row], known: SequenceTable) -> tuple[list[WantedLogits], list[int]]:

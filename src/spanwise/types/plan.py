@@ -41,7 +41,9 @@ class Row(msgspec.Struct, frozen=True, array_like=True):
     depend on a sequence's length look at this number alone, never at a neighbour's.
     ``new_blocks``: per cache group, the block ids appended to this sequence's block table since
     the last row that named it. Block tables grow only at the end; a windowed group's blocks that
-    fell out of the window keep their place in the table and are not read again.
+    fell out of the window keep their place in the table and are not read again. The first row of a
+    sequence starts above 0 where a prefix was found computed; a windowed group's table then begins
+    with block id 0 in the places that are never read.
     ``sample``: draw a token from the logits of the last position.
     """
 
