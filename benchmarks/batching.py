@@ -23,8 +23,8 @@ from statistics import mean, median
 from typing import Any
 
 from machine import save, table_of
+from one_core import engine_on_one_core
 
-from spanwise.engine.async_engine import AsyncEngine
 from spanwise.engine.config import EngineConfig
 from spanwise.types.sampling import SamplingParams
 from spanwise.types.serving import EngineRequest
@@ -55,14 +55,14 @@ async def run(mix: str, mode: str, wanted: list[tuple[float, list[int], int]]) -
     """Serve the workload in one mode."""
     config = EngineConfig(
         model=MODEL,
-        devices="cpu:1",
+        devices="cpu",
         max_num_seqs=BATCH_SIZE,
         batching=mode,
         batch_size=None if mode == "continuous" else BATCH_SIZE,
         batch_window_s=0.2,
         prefix_caching=False,
     )
-    async with await AsyncEngine.start(config) as engine:
+    async with engine_on_one_core(config) as engine:
         warm = SamplingParams(max_tokens=4, ignore_eos=True)
         async for _ in engine.generate({"prompt_token_ids": [5, 6, 7]}, warm):
             continue

@@ -4,7 +4,8 @@ Called by the entry points, under the machine's own Python; uses the standard li
 in .venv says what it was made from, so an unchanged tree costs nothing. Safe when two run at once
 (one waits) and after a run that was killed (what it left half-made is made again).
 
-With --lowest it is .venv-lowest, which holds the lowest versions that the package supports.
+With --lowest it is .venv-lowest, which holds the lowest versions that the package supports. With
+--client NAME it is .venv-clients/NAME, which holds tests/server/clients/NAME.txt and not Spanwise.
 """
 
 from __future__ import annotations
@@ -15,38 +16,84 @@ import subprocess
 import sys
 import time
 import venv
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
-LOWEST = sys.argv[1:] == ["--lowest"]
-VENV = ROOT / (".venv-lowest" if LOWEST else ".venv")
-PYTHON = VENV / "bin" / "python"
-CONSTRAINTS = [ROOT / "scripts" / "constraints.txt"]
-if LOWEST:
-    CONSTRAINTS.append(ROOT / "scripts" / "constraints-lowest.txt")
-STAMP = VENV / "spanwise-stamp"
-UNFINISHED = VENV / "spanwise-unfinished"  # is there while pip writes, so it survives a kill
 LOWEST_PYTHON = (3, 11)
 HEARTBEAT_S = 30.0
 PIP_INSTALL = ["-m", "pip", "install", "--quiet", "--no-input", "--disable-pip-version-check"]
 
 
+@dataclass(frozen=True)
+class Environment:
+    """A virtual environment: what pip installs into it, and the files that decide on that.
+
+    The last of the files is its own.
+    """
+
+    folder: Path
+    contents: str
+    installed: tuple[str, ...]
+    files: tuple[Path, ...]
+
+    @property
+    def name(self) -> str:
+        """Where it is, as one would say it."""
+        return str(self.folder.relative_to(ROOT))
+
+    @property
+    def python(self) -> Path:
+        """Its interpreter."""
+        return self.folder / "bin" / "python"
+
+    @property
+    def stamp(self) -> Path:
+        """What it was made from, once it is finished."""
+        return self.folder / "spanwise-stamp"
+
+    @property
+    def unfinished(self) -> Path:
+        """Is there while pip writes, so it survives a kill."""
+        return self.folder / "spanwise-unfinished"
+
+
+def chosen(arguments: list[str]) -> Environment:
+    """The environment that the command line names."""
+    project, bounds = ROOT / "pyproject.toml", ROOT / "scripts" / "constraints.txt"
+    ours, words = "spanwise and its tools", ("-e", ".[dev]", "-c", str(bounds))
+    match arguments:
+        case []:
+            return Environment(ROOT / ".venv", ours, words, (project, bounds))
+        case ["--lowest"]:
+            lowest = ROOT / "scripts" / "constraints-lowest.txt"
+            words += ("-c", str(lowest))
+            return Environment(ROOT / ".venv-lowest", ours, words, (project, bounds, lowest))
+        case ["--client", name]:
+            listed = ROOT / "tests" / "server" / "clients" / f"{name}.txt"
+            words = ("-r", str(listed), "-c", str(bounds))
+            return Environment(ROOT / ".venv-clients" / name, "a client", words, (bounds, listed))
+    fail("usage: _setup.py [--lowest | --client NAME]")
+
+
 def main() -> None:
-    """Return at once when .venv is up to date; else bring it up to date, one process at a time."""
+    """Return at once when it is up to date; else bring it up to date, one process at a time."""
     if sys.version_info < LOWEST_PYTHON:
         fail(f"this is Python {version()}, 3.11 or newer is needed: set PYTHON=python3.11 or so")
-    wanted = stamp()
-    if is_ready(wanted):
+    environment = chosen(sys.argv[1:])
+    wanted = stamp(environment)
+    if is_ready(environment, wanted):
         return
-    with CONSTRAINTS[-1].open() as lock:  # outside .venv, which may be made anew
-        wait_for_lock(lock.fileno())
-        if not is_ready(wanted):
-            make_ready(wanted, lock.fileno())
+    with environment.files[-1].open() as lock:  # outside the folder, which may be made anew
+        wait_for_lock(environment, lock.fileno())
+        if not is_ready(environment, wanted):
+            make_ready(environment, wanted, lock.fileno())
 
 
-def stamp() -> str:
-    """A digest of all that .venv depends on. The root is part: an editable install points at it."""
-    texts = [path.read_text() for path in (ROOT / "pyproject.toml", *CONSTRAINTS)]
+def stamp(environment: Environment) -> str:
+    """A digest of all that it depends on. The root is part: an editable install points at it."""
+    texts = [path.read_text() for path in environment.files]
     parts = [*texts, version(), str(ROOT)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
@@ -56,61 +103,62 @@ def version() -> str:
     return ".".join(map(str, sys.version_info[:3]))
 
 
-def is_ready(wanted: str) -> bool:
-    """Whether .venv was finished from just these inputs."""
-    return PYTHON.exists() and STAMP.exists() and STAMP.read_text() == wanted
+def is_ready(environment: Environment, wanted: str) -> bool:
+    """Whether it was finished from just these inputs."""
+    made = environment.python.exists() and environment.stamp.exists()
+    return made and environment.stamp.read_text() == wanted
 
 
-def wait_for_lock(lock: int) -> None:
+def wait_for_lock(environment: Environment, lock: int) -> None:
     """Take the lock; say so when another run holds it."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        say(f"another run is preparing {VENV.name}; waiting for it")
+        say(f"another run is preparing {environment.name}; waiting for it")
         fcntl.flock(lock, fcntl.LOCK_EX)
 
 
-def make_ready(wanted: str, lock: int) -> None:
-    """Create .venv unless a whole one stands there, install into it, and stamp it."""
-    started = time.monotonic()
-    if not is_whole():
-        create()
-    STAMP.unlink(missing_ok=True)
-    UNFINISHED.touch()
-    say(f"installing spanwise and its tools into {VENV.name}; this takes minutes the first time")
-    returncode = install(lock)
-    UNFINISHED.unlink()
+def make_ready(environment: Environment, wanted: str, lock: int) -> None:
+    """Create it unless a whole one stands there, install into it, and stamp it."""
+    started, name = time.monotonic(), environment.name
+    if not is_whole(environment):
+        create(environment)
+    environment.stamp.unlink(missing_ok=True)
+    environment.unfinished.touch()
+    say(f"installing {environment.contents} into {name}; this takes minutes the first time")
+    returncode = install(environment, lock)
+    environment.unfinished.unlink()
     if returncode != 0:
         fail(f"pip could not install (exit code {returncode}); its reason stands above")
-    STAMP.write_text(wanted)
-    say(f"{VENV.name} is ready after {time.monotonic() - started:.0f} s")
+    environment.stamp.write_text(wanted)
+    say(f"{name} is ready after {time.monotonic() - started:.0f} s")
 
 
-def is_whole() -> bool:
-    """Whether .venv runs, is of this Python, has pip, and was not left in the middle of a write."""
-    if UNFINISHED.exists() or not PYTHON.exists():
+def is_whole(environment: Environment) -> bool:
+    """Whether it runs, is of this Python, has pip, and was not left in the middle of a write."""
+    if environment.unfinished.exists() or not environment.python.exists():
         return False
-    probe = [str(PYTHON), "-c", "import pip, platform; print(platform.python_version())"]
-    answer = subprocess.run(probe, capture_output=True, text=True)
+    probe = "import pip, platform; print(platform.python_version())"
+    command = [str(environment.python), "-c", probe]
+    answer = subprocess.run(command, capture_output=True, text=True)
     return answer.stdout.strip() == version()
 
 
-def create() -> None:
-    """Make an empty .venv, in place of whatever is there."""
-    say(f"making {VENV.name} with Python {version()}")
+def create(environment: Environment) -> None:
+    """Make an empty one, in place of whatever is there."""
+    say(f"making {environment.name} with Python {version()}")
     try:
-        venv.create(VENV, clear=True, symlinks=True, with_pip=True)
+        venv.create(environment.folder, clear=True, symlinks=True, with_pip=True)
     except subprocess.CalledProcessError:
         fail("this Python cannot make a virtual environment: install python3-venv or its like")
 
 
-def install(lock: int) -> int:
+def install(environment: Environment, lock: int) -> int:
     """Run pip to its end and return its exit code.
 
     pip inherits the lock: should this process be killed, the next one still waits for pip.
     """
-    constraints = [word for path in CONSTRAINTS for word in ("-c", str(path))]
-    command = [str(PYTHON), *PIP_INSTALL, *constraints, "-e", ".[dev]"]
+    command = [str(environment.python), *PIP_INSTALL, *environment.installed]
     started = time.monotonic()
     with subprocess.Popen(command, cwd=ROOT, pass_fds=[lock]) as pip:
         while True:
@@ -125,7 +173,7 @@ def say(line: str) -> None:
     print(f"[setup] {line}", file=sys.stderr, flush=True)
 
 
-def fail(line: str) -> None:
+def fail(line: str) -> NoReturn:
     """End with one line that says what to do."""
     sys.exit(f"[setup] {line}")
 

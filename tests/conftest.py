@@ -96,7 +96,11 @@ def _nothing_left() -> Iterator[None]:
     yield
     deadline = time.monotonic() + _GRACE_S
     while True:
-        processes = _processes() - processes_before
+        processes = {
+            process
+            for process in _processes() - processes_before
+            if not _belongs_to(process, processes_before)
+        }
         shm = _unclaimed(_shm_entries() - shm_before)
         if not processes and not shm:
             return
@@ -114,6 +118,14 @@ def _processes() -> set[psutil.Process]:
     found = set(this.children(recursive=True))
     found |= {process for process in psutil.process_iter() if _carries_mark(process)}
     return {process for process in found - {this} if _is_alive(process)}
+
+
+def _belongs_to(process: psutil.Process, others: set[psutil.Process]) -> bool:
+    """Whether one of them started it: a fixture's server that lives on may replace its own."""
+    try:
+        return not others.isdisjoint(process.parents())
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _carries_mark(process: psutil.Process) -> bool:

@@ -16,6 +16,10 @@ class ContextLengthError(InputError):
     """The prompt leaves no room for an answer in the model's context."""
 
 
+class KeyReusedError(InputError):
+    """An idempotency key came again with another request than the first time."""
+
+
 class ModelError(InputError):
     """The model folder is missing, damaged, or holds a model that is not supported."""
 

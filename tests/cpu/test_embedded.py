@@ -1,37 +1,23 @@
 """The embedded models are whole, small Hugging Face folders that know some Python."""
 
-import importlib.util
 import json
 import re
-import sys
 from functools import cache
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
+from scripts.embedded_training.corpus import read_corpus
+from scripts.embedded_training.quality import measure
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spanwise.embedded import EMBEDDED, embedded_folder
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "train_embedded.py"
 NAMES = ("spanwise/tiny-dense", "spanwise/tiny-moe")
 TEXT = 'def f(x: int) -> str:\n\t"""Grüße, 世界 🐍"""\n\n    return  f"{x!r}"\n'
 
 each_model = pytest.mark.parametrize("name", NAMES)
-
-
-@cache
-def script() -> ModuleType:
-    """scripts/train_embedded.py as a module."""
-    spec = importlib.util.spec_from_file_location("train_embedded", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @cache
@@ -44,7 +30,7 @@ def load(name: str) -> tuple[Any, Any]:
 @cache
 def held_out() -> str:
     """The largest file of the standard library that was not trained on."""
-    _, texts = script().read_corpus()
+    _, texts = read_corpus()
     return max(texts, key=len)
 
 
@@ -129,7 +115,7 @@ def test_card_states_perplexity(name: str) -> None:
 @each_model
 def test_perplexity_on_held_out_text(name: str) -> None:
     model, tokenizer = load(name)
-    quality = script().measure(model, tokenizer, [held_out()], 20_000)
+    quality = measure(model, tokenizer, [held_out()], 20_000)
     # The card speaks of all held-out text; one file of it cannot be far off.
     assert quality.per_byte == pytest.approx(stated_perplexity(name), rel=0.1)
 

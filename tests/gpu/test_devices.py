@@ -12,7 +12,14 @@ from tests.support.tiny_models import save_tiny_model
 
 from spanwise import LLM
 from spanwise.device.devices import cuda_cards
-from spanwise.device.memory import allocate_arena, free_bytes, move_together, place, synchronize
+from spanwise.device.memory import (
+    allocate_arena,
+    free_bytes,
+    memory_use,
+    move_together,
+    place,
+    synchronize,
+)
 from spanwise.errors import DeviceError
 from spanwise.model.shard import load_shard
 from spanwise.types.worker import DeviceSpec, ShardSpec
@@ -51,6 +58,14 @@ def test_an_arena_is_zero_and_takes_its_bytes() -> None:
     synchronize(device)
     assert before - free_bytes(device) >= 500 * MIB
     assert not arena.any()
+
+
+def test_memory_in_use_is_that_of_this_process() -> None:
+    device = place(CARD)
+    used, total = memory_use(CARD)
+    arena = allocate_arena(device, 64 * MIB)
+    assert memory_use(CARD) == (used + arena.nbytes, total)
+    assert total == torch.cuda.mem_get_info(device)[1]
 
 
 def test_an_arena_too_large_is_one_line() -> None:

@@ -90,6 +90,11 @@ def open_comm(segment_fd: int, spec: WorkerSpec, may_spin: bool) -> Segment:
     return Segment(segment_fd)
 
 
+def memory_use(spec: DeviceSpec) -> tuple[int, int]:
+    """A third of a device of 3 KiB."""
+    return 1 << 10, 3 << 10
+
+
 class FakeRunner:
     """Obeys the plan: a new sequence's first token is an order, by ``ORDERS``, to one rank or all.
 
@@ -191,6 +196,7 @@ FAKES = Entries(
     store=f"{_MODULE}:serve_store",
     comm=f"{_MODULE}:open_comm",
     runner=f"{_MODULE}:FakeRunner",
+    memory=f"{_MODULE}:memory_use",
     preload=(),
 )
 

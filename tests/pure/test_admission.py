@@ -6,7 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spanwise.control.admission import MAX_RETRY_S, MIN_RETRY_S, Admission, AdmissionLimits
+from spanwise.control.admission import (
+    MAX_RETRY_S,
+    MIN_QUEUE,
+    MIN_RETRY_S,
+    Admission,
+    AdmissionLimits,
+)
 from spanwise.control.drain import DrainRate
 from spanwise.errors import InputError
 
@@ -109,6 +115,123 @@ def test_what_has_ended_is_ended_once() -> None:
 def test_a_limit_that_lets_nothing_in_is_refused(name: str) -> None:
     with pytest.raises(InputError, match=f"{name} must be at least 1, got 0"):
         AdmissionLimits(**{name: 0})
+
+
+# --- how long the queue may be in time
+
+
+def seated(num_seats: int, delay_s: float) -> Admission:
+    """A door with every seat taken, at time 0, and more than that have come."""
+    door = Admission(AdmissionLimits(max_queue_delay_s=delay_s), num_seats)
+    fill(door, num_seats + MIN_QUEUE)
+    for request_id in range(num_seats):
+        door.begun(request_id, 0.0)
+    door.admit(99, "", 10, 0.0)
+    door.release(99, 0.0)
+    for request_id in range(num_seats, num_seats + MIN_QUEUE):
+        door.release(request_id, 0.0)  # given up
+    return door
+
+
+def test_without_a_queue_whoever_finds_no_seat_is_refused() -> None:
+    door = seated(4, 0.0)
+    refusal = door.admit(100, "", 10, 0.0)
+    assert refusal is not None
+    assert (refusal.kind, refusal.for_all) == ("server", True)
+    assert refusal.message.startswith(
+        "4 sequences are there, 4 can run at once, and one more would wait longer than "
+        "max_queue_delay 0 s; "
+    )
+    door.release(0, 0.1)
+    assert door.admit(100, "", 10, 0.1) is None
+    assert door.admit(101, "", 10, 0.1) is not None
+
+
+@pytest.mark.parametrize("num_seats", [4, 2 * MIN_QUEUE])
+def test_clients_that_take_turns_may_be_twice_as_many_as_the_seats(num_seats: int) -> None:
+    door = Admission(AdmissionLimits(max_queue_delay_s=0.0), num_seats)
+    num_clients = num_seats + max(num_seats, MIN_QUEUE)
+    fill(door, num_clients)
+    now_s = 0.0
+    for oldest in range(1000):
+        now_s += 0.1
+        door.begun(oldest, now_s)
+        door.release(oldest, now_s)
+        assert door.admit(num_clients + oldest, "", 10, now_s) is None
+
+
+def test_once_too_many_came_nobody_queues_until_none_was_refused_for_a_while() -> None:
+    door = Admission(AdmissionLimits(max_queue_delay_s=0.0), 4)
+    fill(door, 4 + MIN_QUEUE)
+    assert door.admit(100, "", 10, 0.0) is not None
+    for request_id in range(MIN_QUEUE):
+        door.release(request_id, 0.0)
+    assert door.admit(100, "", 10, 0.0) is not None, "one would wait"
+    door.release(MIN_QUEUE, 0.0)
+    assert door.admit(100, "", 10, 0.4) is None, "there is a seat"
+    assert door.admit(101, "", 10, 0.4) is not None
+    assert door.admit(101, "", 10, 0.8) is not None, "since the last refusal, not the first"
+    for request_id in range(101, 101 + MIN_QUEUE):
+        assert door.admit(request_id, "", 10, 1.4) is None
+    assert door.admit(300, "", 10, 1.4) is not None
+
+
+@pytest.mark.parametrize(("delay_s", "num_queued"), [(0.0, 0), (0.25, 2), (1.05, 10)])
+def test_the_queue_is_as_long_as_it_may_take(delay_s: float, num_queued: int) -> None:
+    """Ten end a second, whatever their number."""
+    door = seated(4, delay_s)
+    there, next_id, now_s = [0, 1, 2, 3], 1000, 0.0
+    for _ in range(2000):
+        now_s += 0.1
+        ended = there.pop(0)
+        door.begun(ended, now_s)
+        door.release(ended, now_s)
+        while door.admit(next_id, "", 10, now_s) is None:
+            there.append(next_id)
+            next_id += 1
+        next_id += 1
+    assert len(there) == 4 + num_queued
+
+
+def test_before_anything_has_ended_the_queue_is_open_no_longer_than_that() -> None:
+    door = seated(4, 0.5)
+    for request_id in range(100, 200):
+        assert door.admit(request_id, "", 10, 0.2) is None
+    assert door.admit(300, "", 10, 0.6) is not None
+
+
+def test_what_belongs_with_one_that_was_admitted_is_admitted() -> None:
+    door = seated(4, 0.0)
+    assert door.admit(100, "", 10, 0.0, is_further=True) is None
+    assert door.admit(101, "", 10, 0.0) is not None
+    door.release(0, 0.0)
+    assert door.admit(101, "", 10, 0.0) is not None, "it holds the seat that came free"
+
+
+def test_every_sequence_of_a_request_takes_a_seat() -> None:
+    door = seated(8, 0.0)
+    for request_id in range(3):
+        door.release(request_id, 0.0)
+    assert door.admit(100, "", 10, 0.0) is None
+    door.settle(100, 10, num_sequences=3)
+    refusal = door.admit(101, "", 10, 0.0)
+    assert refusal is not None and refusal.message.startswith("8 sequences are there, 8 can")
+    door.release(100, 0.0)
+    assert [door.admit(200 + i, "", 10, 0.0) is None for i in range(4)] == [True] * 3 + [False]
+
+
+@pytest.mark.parametrize(("seats", "delay_s"), [(None, 0.0), (4, None)])
+def test_where_seats_or_the_limit_are_not_known_nobody_is_refused_for_time(
+    seats: int | None, delay_s: float | None
+) -> None:
+    door = Admission(AdmissionLimits(max_queue_delay_s=delay_s), seats)
+    fill(door, 1000)
+
+
+@pytest.mark.parametrize("delay_s", [-0.1, float("nan")])
+def test_a_delay_that_cannot_be_is_refused(delay_s: float) -> None:
+    with pytest.raises(InputError, match="max_queue_delay must be 0 s or more"):
+        AdmissionLimits(max_queue_delay_s=delay_s)
 
 
 # --- when to come again

@@ -52,6 +52,9 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
         (["--help"], 5),
         (["run", "--help"], 8),
         (["devices", "--help"], 2),
+        (["serve", "--help"], 7),
+        (["chat", "--help"], 3),
+        (["bench", "serve", "--help"], 8),
     ],
 )
 def test_help_ends_with_examples_that_fit_the_line(arguments: list[str], examples: int) -> None:

@@ -86,7 +86,9 @@ class FakeOpenAI:
         messages = body.get("messages") or [{"content": ""}]
         match body.get("user", messages[-1]["content"]):
             case "busy":
-                whole(writer, 429, {"error": {"message": "too many\nrequests"}})
+                whole(
+                    writer, 429, {"error": {"message": "too many\nrequests"}}, "Retry-After: 7\r\n"
+                )
             case "rude":
                 writer.transport.abort()
             case "silent":
@@ -151,9 +153,11 @@ def chunk(choice: dict[str, Any], finish_reason: str | None = None) -> dict[str,
     return {"choices": [{"index": 0, **choice, "finish_reason": finish_reason}], "usage": None}
 
 
-def whole(writer: asyncio.StreamWriter, status: int, record: dict[str, Any]) -> None:
+def whole(
+    writer: asyncio.StreamWriter, status: int, record: dict[str, Any], more_headers: str = ""
+) -> None:
     body = json.dumps(record).encode()
-    head = f"HTTP/1.1 {status} x\r\ncontent-type: application/json\r\n"
+    head = f"HTTP/1.1 {status} x\r\ncontent-type: application/json\r\n{more_headers}"
     writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
 
 

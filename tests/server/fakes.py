@@ -18,6 +18,8 @@ from spanwise.errors import ContextLengthError, EngineError, InputError, Spanwis
 from spanwise.scheduler.update import SequenceUpdate
 from spanwise.types.plan import TokenLogprobs
 from spanwise.types.serving import (
+    CacheInfo,
+    DeviceStats,
     EngineHealth,
     EngineRequest,
     EngineStats,
@@ -30,6 +32,11 @@ from spanwise.types.serving import (
 MODEL = "spanwise/tiny-dense"
 CONTEXT = 256
 VOCAB = 4096
+TIMES = (
+    "time_to_first_token_seconds",
+    "inter_token_latency_seconds",
+    "e2e_request_latency_seconds",
+)
 EOS = 4  # what ends a chat message
 _PLAIN = range(300, 4000)  # tokens that are words and parts of them
 
@@ -40,9 +47,10 @@ Script = Callable[[EngineRequest], Sequence[int] | str | None]
 class FakeEngine:
     """Takes requests as an ``AsyncEngine`` does; everything but the model is the real thing.
 
-    ``script`` says what is answered. ``refusal`` is raised in place of taking a request. A request
-    fails with ``failure`` after ``fails_after`` tokens. While ``holding`` is set nothing comes, and
-    where ``is_late`` is set a request's time is up before its first step.
+    ``script`` says what is answered. ``refusal`` is raised in place of taking a request, ``full``
+    before one is read. A request fails with ``failure`` after ``fails_after`` tokens. While
+    ``holding`` is set nothing comes, and where ``is_late`` is set a request's time is up before its
+    first step.
     """
 
     def __init__(self) -> None:
@@ -51,6 +59,7 @@ class FakeEngine:
         self.phase, self.is_ready = "ready", True
         self.script: Script = lambda request: None
         self.refusal: SpanwiseError | None = None
+        self.full: SpanwiseError | None = None
         self.failure, self.fails_after = EngineError("worker /dev/x fell over"), -1
         self.holding = False
         self.tokens_per_step = 1
@@ -75,6 +84,10 @@ class FakeEngine:
             cache_tokens=4096,
             ranks=(),
         )
+
+    def check_room(self) -> None:
+        if self.full is not None:
+            raise self.full
 
     async def open(self, request: EngineRequest) -> RequestStream:
         if not self.is_ready:
@@ -105,7 +118,6 @@ class FakeEngine:
     async def stats(self) -> EngineStats:
         if not self.is_ready:
             raise EngineError(f"the engine is not ready: {self.phase}")
-        times = Histogram((0.01, 0.1), (3, 2, 1), 0.5)
         return EngineStats(
             replicas=(
                 ReplicaStats(
@@ -115,16 +127,33 @@ class FakeEngine:
                     num_blocks=20,
                     prefix_queried_tokens=100,
                     prefix_hit_tokens=40,
+                    prompt_tokens=11,
+                    cached_tokens=5,
+                    generation_tokens=22,
+                    finished={"stop": 4, "length": 2},
+                    histograms=dict.fromkeys(TIMES, Histogram((0.01, 0.1), (3, 2, 1), 0.5)),
                 ),
-                ReplicaStats(num_blocks=20),
+                ReplicaStats(
+                    num_blocks=20,
+                    histograms=dict.fromkeys(TIMES, Histogram((0.01, 0.1), (0, 0, 0), 0.0)),
+                ),
             ),
-            prompt_tokens=11,
-            generation_tokens=22,
-            finished={"stop": 4, "length": 2},
-            time_to_first_token_s=times,
-            inter_token_latency_s=times,
-            e2e_latency_s=times,
-            queue_time_s=times,
+            devices=(
+                DeviceStats(
+                    device="cpu:0",
+                    replica=0,
+                    stage=1,
+                    rank=2,
+                    utilization=0.75,
+                    busy_s=12.5,
+                    memory_used_bytes=300,
+                    memory_total_bytes=1000,
+                    weight_bytes=100,
+                    cache_bytes=50,
+                ),
+            ),
+            cache=CacheInfo(block_size=16, num_tokens=320, prefix_caching=True),
+            num_refused=7,
         )
 
     # -- what the real one leaves to its processes -----------------------------------------------
@@ -138,7 +167,7 @@ class FakeEngine:
                 f"for {CONTEXT - 1}; shorten it or raise max_model_len"
             )
 
-    def _drop(self, number: int) -> None:
+    def _drop(self, number: int, last_words: Sequence[Any]) -> None:
         if (task := self.live.pop(number, None)) is not None:
             task.cancel()
 

@@ -125,6 +125,15 @@ def test_failures_are_counted_by_kind(
     assert found.summary.ttft_s is None
 
 
+def test_when_to_come_again_is_kept(server: FakeOpenAI) -> None:
+    found = measured(server, num_requests=2, extra_body={"user": "busy"})
+    report = json.loads(json_report(found))
+    assert [each["retry_after"] for each in report["requests"]] == ["7", "7"]
+    found = measured(server, num_requests=2, extra_body={"user": "cut"}, concurrency=1,
+                     request_rate=None)  # fmt: skip
+    assert [each.failure and each.failure.retry_after for each in found.run.records] == [None, None]
+
+
 def test_a_shredded_stream_is_read(server: FakeOpenAI) -> None:
     found = measured(server, extra_body={"user": "shredded"})
     assert found.summary.num_ok == 12

@@ -135,6 +135,44 @@ def test_names_that_were_allowed() -> None:
         check_refusal(client.get("/nope", headers={"host": "["}), 404)
 
 
+def test_pages_of_sites_that_are_named_may_ask_from_a_browser() -> None:
+    options = ServerOptions(
+        api_key_digests=(digest(KEYS[0]),), allowed_origins=("https://app.example",)
+    )
+    ours, theirs = {"origin": "https://app.example"}, {"origin": "https://evil.example"}
+    key = {"authorization": f"Bearer {KEYS[0]}"}
+    asking = {
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization,content-type,x-stainless-lang",
+    }
+    with running(options) as server, server.client() as client:
+        answer = client.options("/v1/chat/completions", headers=ours | asking)
+        assert answer.status_code == 200, "a browser asks without the key"
+        assert answer.headers["access-control-allow-origin"] == ours["origin"]
+        assert "x-stainless-lang" in answer.headers["access-control-allow-headers"]
+        answer = client.get("/v1/models", headers=ours | key)
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == ours["origin"]
+        check_refusal(client.get("/v1/models", headers=ours), 401)
+        assert client.options("/v1/models", headers=theirs | asking).status_code == 400
+        answer = check_refusal_of_origin(client, theirs | key)
+        assert "access-control-allow-origin" not in answer.headers
+    with running(ServerOptions(allowed_origins=("*",))) as server, server.client() as client:
+        assert client.get("/v1/models", headers=theirs).status_code == 200
+
+
+def check_refusal_of_origin(client: httpx2.Client, headers: dict[str, str]) -> httpx2.Response:
+    answer = client.get("/v1/models", headers=headers)
+    assert "Origin" in check_refusal(answer, 403)["message"]
+    return answer
+
+
+@pytest.mark.parametrize("origin", ["", "app.example", "https://app.example/", "ftp://a", "null"])
+def test_what_is_no_origin_is_refused(origin: str) -> None:
+    with pytest.raises(InputError, match="is no origin"):
+        ServerOptions(allowed_origins=(origin,))
+
+
 def test_the_name_of_a_request(client: httpx2.Client) -> None:
     given = client.get("/health", headers={"x-request-id": "my-Request_1.2"})
     assert given.headers["x-request-id"] == "my-Request_1.2"

@@ -246,6 +246,11 @@ def test_parsed_json_schema(server: Running, client: openai.OpenAI) -> None:
     ("asked", "kind", "text"),
     [
         ({"response_format": {"type": "json_object"}}, "json_schema", '{"type":"object"}'),
+        (
+            {"response_format": {"type": "json_object", "value": {"type": "array"}}},
+            "json_schema",
+            '{"type":"array"}',
+        ),
         ({"structured_outputs": {"json_object": True}}, "json_schema", '{"type":"object"}'),
         ({"structured_outputs": {"json": {"type": "array"}}}, "json_schema", '{"type":"array"}'),
         ({"structured_outputs": {"json": '{"type": "null"}'}}, "json_schema", '{"type": "null"}'),

@@ -76,7 +76,9 @@ def test_status_says_plan_health_and_counts(engine: FakeEngine) -> None:
         {"name": "rank 0", "device": "cpu:0", "age_s": 0.01, "healthy": True}
     ]
     assert status["stats"]["replicas"][0]["num_waiting"] == 3
-    assert status["stats"]["time_to_first_token_s"] == [[0.01, 0.1], [3, 2, 1], 0.5]
+    times = status["stats"]["replicas"][0]["histograms"]
+    assert times["time_to_first_token_seconds"] == [[0.01, 0.1], [3, 2, 1], 0.5]
+    assert status["stats"]["devices"][0]["utilization"] == 0.75
 
 
 def test_status_goes_forward(engine: FakeEngine) -> None:

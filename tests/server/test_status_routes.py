@@ -13,7 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from tests.server.asgi import Call
 from tests.server.contract import check_refusal
-from tests.server.fakes import CONTEXT, MODEL, FakeEngine
+from tests.server.fakes import CONTEXT, MODEL, TIMES, FakeEngine
 from tests.server.running import Running, running
 
 from spanwise.errors import EngineError
@@ -120,21 +120,27 @@ def test_tokens_and_back(client: httpx2.Client) -> None:
     assert ready[: len(bare)] == bare and len(ready) > len(bare)
 
 
+def samples_of(text: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    """Every value by its name and its labels but the model's, which is always there."""
+    samples = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            labels = dict(sample.labels)
+            assert labels.pop("model_name") == "main"
+            key = (sample.name, frozenset(labels.items()))
+            assert key not in samples, "told twice"
+            samples[key] = sample.value
+    return samples
+
+
 def test_metrics(client: httpx2.Client) -> None:
     answer = client.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain")
-    samples = {
-        (
-            sample.name,
-            sample.labels["engine"],
-            sample.labels.get("le") or sample.labels.get("finished_reason"),
-        ): sample
-        for family in text_string_to_metric_families(answer.text)
-        for sample in family.samples
-    }
+    samples = samples_of(answer.text)
 
-    def value(name: str, engine: str = "0", more: str | None = None) -> float:
-        found = {samples[f"{prefix}:{name}", engine, more].value for prefix in ("spanwise", "vllm")}
+    def value(name: str, engine: str = "0", **labels: str) -> float:
+        wanted = frozenset({"engine": engine, **labels}.items())
+        found = {samples[f"{prefix}:{name}", wanted] for prefix in ("spanwise", "vllm")}
         assert len(found) == 1
         return found.pop()
 
@@ -143,18 +149,80 @@ def test_metrics(client: httpx2.Client) -> None:
     assert value("kv_cache_usage_perc") == 0.25
     assert (value("prefix_cache_queries_total"), value("prefix_cache_hits_total")) == (100, 40)
     assert (value("prompt_tokens_total"), value("generation_tokens_total")) == (11, 22)
-    assert value("request_success_total", more="stop") == 4
-    assert value("request_success_total", more="length") == 2
-    for name in ("time_to_first_token", "inter_token_latency", "e2e_request_latency"):
-        assert value(f"{name}_seconds_bucket", more="0.01") == 3
-        assert value(f"{name}_seconds_bucket", more="0.1") == 5
-        assert value(f"{name}_seconds_bucket", more="+Inf") == 6
-        assert value(f"{name}_seconds_count") == 6 and value(f"{name}_seconds_sum") == 0.5
-    assert all(s.labels["model_name"] == "main" for s in samples.values())
+    assert value("prompt_tokens_cached_total") == 5 and value("prompt_tokens_total", "1") == 0
+    assert value("request_success_total", finished_reason="stop") == 4
+    assert value("request_success_total", finished_reason="length") == 2
+    for name in TIMES:
+        assert value(f"{name}_bucket", le="0.01") == 3
+        assert value(f"{name}_bucket", le="0.1") == 5
+        assert value(f"{name}_bucket", le="+Inf") == 6
+        assert value(f"{name}_count") == 6 and value(f"{name}_sum") == 0.5
+        assert value(f"{name}_count", "1") == 0
+    cache = {
+        "block_size": "16",
+        "num_gpu_blocks": "20",
+        "kv_cache_size_tokens": "320",
+        "enable_prefix_caching": "True",
+    }
+    assert value("cache_config_info", **cache) == value("cache_config_info", "1", **cache) == 1
+    assert samples["vllm:request_refused_total", frozenset()] == 7
+
+
+def test_metrics_of_devices(client: httpx2.Client) -> None:
+    samples = samples_of(client.get("/metrics").text)
+    place = {"device": "cpu:0", "replica": "0", "stage": "1", "rank": "2"}
+    found = {name: value for (name, labels), value in samples.items() if labels == place.items()}
+    assert found == {
+        "spanwise:device_utilization": 0.75,
+        "spanwise:device_memory_used_bytes": 300,
+        "spanwise:device_memory_total_bytes": 1000,
+        "spanwise:device_weight_bytes": 100,
+        "spanwise:device_kv_cache_bytes": 50,
+        "spanwise:device_busy_seconds_total": 12.5,
+    }
 
 
 def test_metrics_of_an_engine_that_has_done_nothing() -> None:
-    assert b"vllm:e2e_request_latency_seconds_count" in metrics_text(EngineStats(), 'a"b\n')
+    text = metrics_text(EngineStats(), 'a"b\n').decode()
+    assert "vllm:e2e_request_latency_seconds" in text
+    assert [*text_string_to_metric_families(text)]
+
+
+# What dashboards and autoscalers ask for by name, and as what.
+ASKED_FOR = {
+    "num_requests_running": "gauge",
+    "num_requests_waiting": "gauge",
+    "kv_cache_usage_perc": "gauge",
+    "cache_config_info": "gauge",
+    "prefix_cache_queries": "counter",
+    "prefix_cache_hits": "counter",
+    "prompt_tokens": "counter",
+    "prompt_tokens_cached": "counter",
+    "generation_tokens": "counter",
+    "num_preemptions": "counter",
+    "request_success": "counter",
+    "time_to_first_token_seconds": "histogram",
+    "inter_token_latency_seconds": "histogram",
+    "request_time_per_output_token_seconds": "histogram",
+    "e2e_request_latency_seconds": "histogram",
+    "request_queue_time_seconds": "histogram",
+    "request_inference_time_seconds": "histogram",
+    "request_prefill_time_seconds": "histogram",
+    "request_decode_time_seconds": "histogram",
+    "request_prompt_tokens": "histogram",
+    "request_generation_tokens": "histogram",
+    "request_prefill_kv_computed_tokens": "histogram",
+    "request_params_max_tokens": "histogram",
+    "request_params_n": "histogram",
+    "iteration_tokens_total": "histogram",
+}
+
+
+def test_metrics_have_the_names_and_types_that_dashboards_ask_for(client: httpx2.Client) -> None:
+    families = text_string_to_metric_families(client.get("/metrics").text)
+    types = {family.name: family.type for family in families}
+    assert {name: types[f"vllm:{name}"] for name in ASKED_FOR} == ASKED_FOR
+    assert {name: types[f"spanwise:{name}"] for name in ASKED_FOR} == ASKED_FOR
 
 
 def test_the_document_is_true(client: httpx2.Client) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -20,7 +21,9 @@ import psutil
 
 DENSE = "spanwise/tiny-dense"
 PATIENCE_S = 60.0  # the machine may be busy
-_ADDRESS = re.compile(r" on (https?://\S+) \(loading\)$")
+_ADDRESS = re.compile(r" on (https?://\S+) \(loading\)(?:\"})?$")  # as text or as JSON
+# Threads that wait for each other without spinning: many times faster where others compute too.
+_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
 _SMALL = ("--dtype", "float32", "--kv-cache-memory", "32MiB", "--port", "0")
 
 
@@ -47,10 +50,11 @@ def is_alive(process: psutil.Process) -> bool:
         return False
 
 
-def _command_line(process: psutil.Process) -> list[str]:
+def command_line(process: psutil.Process) -> list[str]:
+    """What it was started as; nothing of one that has ended."""
     try:
         return [str(word) for word in process.cmdline()]
-    except psutil.NoSuchProcess:  # gone meanwhile
+    except psutil.NoSuchProcess:
         return []
 
 
@@ -120,7 +124,7 @@ class Listener(threading.Thread):
 class RealServer:
     """A server that runs; ``said`` are the lines of its standard error so far."""
 
-    popen: subprocess.Popen[str]
+    popen: subprocess.Popen[bytes]
     url: str
     said: list[str]
     reader: threading.Thread
@@ -134,7 +138,7 @@ class RealServer:
             base_url=self.url,
             timeout=PATIENCE_S,
             headers=headers,
-            verify=self.verify,
+            verify=self.verify if self.url.startswith("https") else False,  # takes its time
             trust_env=False,
             **options,
         )
@@ -198,7 +202,7 @@ class RealServer:
         ]
 
     def _running(self, module: str) -> list[psutil.Process]:
-        return [each for each in self.processes() if module in _command_line(each)]
+        return [each for each in self.processes() if module in command_line(each)]
 
     def end_log(self) -> list[str]:
         """Standard error, once the program has ended."""
@@ -216,15 +220,13 @@ def serving(
         command(DENSE, *_SMALL, *arguments),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | environment,
+        env=os.environ | _ENVIRONMENT | environment,
         start_new_session=True,
     )
     assert popen.stderr is not None
-    said: list[str] = []
-    first = popen.stderr.readline().rstrip("\n")
-    said.append(first)
-    stderr = popen.stderr
+    # Lines end at LF alone: a CR that somebody gets into the log shall be seen.
+    stderr = io.TextIOWrapper(popen.stderr, "utf-8", newline="\n")
+    said = [stderr.readline().rstrip("\n")]
 
     def read() -> None:
         for line in stderr:
@@ -233,8 +235,8 @@ def serving(
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
     try:
-        match = _ADDRESS.search(first)
-        assert match is not None, first
+        match = _ADDRESS.search(said[0])
+        assert match is not None, said
         server = RealServer(popen, match[1], said, reader, verify)
         if ready:
             server.wait_ready()

@@ -15,10 +15,14 @@ _MAX_MESSAGE = 200
 
 
 class Failure(msgspec.Struct, frozen=True):
-    """Why a request has no whole answer: a kind to count by, and what was said."""
+    """Why a request has no whole answer: a kind to count by, and what was said.
+
+    ``retry_after`` is what a refusal says of when to come again.
+    """
 
     kind: str
     message: str
+    retry_after: str | None = None
 
 
 class _Delta(msgspec.Struct):

@@ -66,11 +66,11 @@ class Origin:
             headers.append(f"Authorization: Bearer {api_key}")
         return "\r\n".join([*headers, "", ""]).encode() + body
 
-    async def exchange(self, request: bytes, sink: Sink) -> None:
+    async def exchange(self, request: bytes, sink: Sink) -> str | None:
         """Send a request; return when its response has ended, as it should or not.
 
-        Raises ConnectError, or BrokenResponseError where no response came. A cancelled exchange
-        closes its connection.
+        Gives its Retry-After, None where it has none. Raises ConnectError, or BrokenResponseError
+        where no response came. A cancelled exchange closes its connection.
         """
         connection = self._kept() or await self._connect()
         try:
@@ -80,6 +80,7 @@ class Origin:
                 self._idle.append((perf_counter(), connection))
             else:
                 connection.close()
+        return connection.retry_after
 
     def close(self) -> None:
         """Close what is idle."""
@@ -113,6 +114,7 @@ class _Connection(asyncio.Protocol):
     """One connection, and the response that is under way on it."""
 
     def __init__(self) -> None:
+        self.retry_after: str | None = None
         self._parser = httptools.HttpResponseParser(self)
         self._transport: asyncio.Transport | None = None
         self._ended: asyncio.Future[None] | None = None
@@ -128,7 +130,7 @@ class _Connection(asyncio.Protocol):
 
     async def exchange(self, request: bytes, sink: Sink) -> None:
         assert self.is_free and self._transport is not None
-        self._sink, self._status = sink, 0
+        self._sink, self._status, self.retry_after = sink, 0, None
         self._ended = asyncio.get_running_loop().create_future()
         self._transport.write(request)
         await self._ended
@@ -166,6 +168,10 @@ class _Connection(asyncio.Protocol):
             self._break(str(error) if error else "closed with no answer")
 
     # --- called by the parser
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if name.lower() == b"retry-after":
+            self.retry_after = value.decode("latin-1")
 
     def on_headers_complete(self) -> None:
         self._status = self._parser.get_status_code()

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Sequence
 from time import perf_counter, process_time
 
+import msgspec
+
 from spanwise.bench.answer import Answer, Failure
 from spanwise.bench.connection import BrokenResponseError, ConnectError, Origin
 from spanwise.bench.record import RequestRecord, Run
@@ -102,14 +104,15 @@ class Load:
     async def _exchange(self, request: bytes, answer: Answer) -> Failure | None:
         try:
             async with asyncio.timeout(self._timeout_s):
-                await self._origin.exchange(request, answer.feed)
+                retry_after = await self._origin.exchange(request, answer.feed)
         except TimeoutError:
             return Failure("timeout", f"no whole answer in {self._timeout_s:g} s")
         except ConnectError as error:
             return Failure("connect", str(error))
         except BrokenResponseError as error:
             return Failure("disconnected", str(error))
-        return answer.failure()
+        failure = answer.failure()
+        return failure and msgspec.structs.replace(failure, retry_after=retry_after)
 
     def _now_s(self) -> float:
         return perf_counter() - self._started

@@ -137,6 +137,7 @@ def _requests(measurement: Measurement) -> list[dict[str, Any]]:
             "input_tokens": record.input_tokens,
             "output_tokens": record.output_tokens,
             "error": record.failure and record.failure.kind,
+            "retry_after": record.failure and record.failure.retry_after,
         }
         for record in measurement.run.records
     ]

@@ -34,10 +34,12 @@ _SERVE_EXAMPLES = """\
 Examples:
   spanwise serve spanwise/tiny-dense
   spanwise serve MODEL_FOLDER -tp 2 --devices cuda:0,1 --port 9000
-  SPANWISE_API_KEY=secret spanwise serve MODEL_FOLDER --host 0.0.0.0 --ssl-certfile server.pem
+  SPANWISE_API_KEY=secret spanwise serve MODEL_FOLDER \\
+    --host 0.0.0.0 --ssl-certfile server.pem
 
-  curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
-    -d '{"model": "spanwise/tiny-dense", "prompt": "def main(", "max_tokens": 32}'
+  curl http://127.0.0.1:8000/v1/completions \\
+    -H 'Content-Type: application/json' \\
+    -d '{"model": "spanwise/tiny-dense", "prompt": "def ", "max_tokens": 32}'
 """
 _DEVICES_EXAMPLES = """\
 Examples:

@@ -6,6 +6,7 @@ Imports little, so that Ctrl-C is taken care of from the first moment.
 from __future__ import annotations
 
 import io
+import logging
 import os
 import signal
 import sys
@@ -57,7 +58,10 @@ def _refuse(error: Exception, line: str) -> int:
         import traceback
 
         traceback.print_exception(error)
-    print(f"spanwise: {line}", file=sys.stderr)
+    if logging.root.handlers:  # the command writes log lines; so is its last one
+        logging.getLogger("spanwise").error("%s", line)
+    else:
+        print(f"spanwise: {line}", file=sys.stderr)
     return WRONG_INPUT
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -62,6 +63,22 @@ class Notes:
         task = bar.add_task("prompts", total=total)
         with undone_when_stopped(_show_cursor), bar:
             yield lambda _: bar.advance(task)
+
+
+class LoggedNotes(Notes):
+    """Each line as a JSON object, as the server's processes write theirs; nothing moves."""
+
+    def __init__(self, quiet: bool) -> None:
+        from spanwise.server.logs import write_logs
+
+        super().__init__(quiet)
+        self._moving = False
+        write_logs("json")
+
+    def line(self, text: str) -> None:
+        """Log one line."""
+        if not self._quiet:
+            logging.getLogger("spanwise").info("%s", text)
 
 
 def _show_cursor() -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Group, Parameter
 
 from spanwise.cli.engine_flags import EngineFlags
-from spanwise.cli.notes import Notes, plan_line
+from spanwise.cli.notes import LoggedNotes, Notes, plan_line
 from spanwise.cli.starting import silence_libraries
 from spanwise.errors import InputError
 
@@ -41,6 +42,10 @@ class ServerFlags:
     allowed_host: Annotated[
         tuple[str, ...], Parameter(negative="", help="Further names this server may be called by.")
     ] = ()
+    allowed_origin: Annotated[
+        tuple[str, ...],
+        Parameter(negative="", help="Sites whose pages may ask, as https://app.example; *: any."),
+    ] = ()
     chat_template: Annotated[
         str | None, Parameter(help="A chat template in place of the model's: text or @FILE.")
     ] = None
@@ -50,9 +55,19 @@ class ServerFlags:
     shutdown_timeout: Annotated[
         float, Parameter(help="Seconds that requests have to finish at the end.")
     ] = 30.0
+    resume_window: Annotated[
+        float,
+        Parameter(help="Seconds an answer is kept for who repeats its Idempotency-Key; 0: not."),
+    ] = 60.0
     ssl_certfile: Annotated[str | None, Parameter(help="Certificate, for HTTPS.")] = None
     ssl_keyfile: Annotated[str | None, Parameter(help="Its key, where it is not beside it.")] = None
     access_log: Annotated[bool, Parameter(negative="", help="Log every request.")] = False
+    log_format: Annotated[
+        Literal["text", "json"], Parameter(help="How log lines look; json: one object a line.")
+    ] = "text"
+    log_prompts: Annotated[
+        bool, Parameter(negative="", help="Log prompts too, with --access-log.")
+    ] = False
 
 
 @Parameter(name="*", group=Group("Queue and batches", sort_key=7))
@@ -69,6 +84,10 @@ class QueueFlags:
     max_requests_per_tenant: Annotated[
         int | None, Parameter(help="Requests under way for one API key. Default: no limit.")
     ] = None
+    max_queue_delay: Annotated[
+        float,
+        Parameter(help="Seconds a request may expect to wait while too many come; inf: no limit."),
+    ] = 0.0
     queue_timeout: Annotated[
         float | None, Parameter(help="Seconds a request may wait for its first step.")
     ] = None
@@ -108,9 +127,12 @@ def serve(
         api_key_digests=tuple(digest(key) for key in keys),
         host=server.host,
         allowed_hosts=server.allowed_host,
+        allowed_origins=server.allowed_origin,
         chat_template=_template(server.chat_template),
         trust_request_chat_template=server.trust_request_chat_template,
         queue_timeout_s=queue.queue_timeout,
+        log_prompts=server.log_prompts,
+        keeps_answers=server.resume_window > 0,
     )
     service = ServiceConfig(
         engine=engine_config(
@@ -124,7 +146,9 @@ def serve(
             max_waiting_requests=queue.max_waiting_requests,
             max_waiting_tokens=queue.max_waiting_tokens,
             max_requests_per_tenant=queue.max_requests_per_tenant,
+            max_queue_delay_s=None if queue.max_queue_delay == inf else queue.max_queue_delay,
         ),
+        resume_window_s=server.resume_window,
     )
     config = ServingConfig(
         service=service,
@@ -134,13 +158,14 @@ def serve(
             certfile=server.ssl_certfile,
             keyfile=server.ssl_keyfile,
             access_log=server.access_log,
+            log_format=server.log_format,
         ),
         host=server.host,
         port=server.port,
         http_workers=server.http_workers,
     )
     silence_libraries()
-    notes = Notes(quiet)
+    notes = LoggedNotes(quiet) if server.log_format == "json" else Notes(quiet)
     scheme = "http" if server.ssl_certfile is None else "https"
     with ExitStack() as starting:
         show = starting.enter_context(notes.starting())

@@ -6,6 +6,7 @@ import msgspec
 
 from spanwise.types.outputs import FinishReason
 from spanwise.types.plan import TaskKind, TokenLogprobs
+from spanwise.types.resume import Resume
 from spanwise.types.sampling import SamplingSpec
 
 
@@ -29,7 +30,7 @@ class Admitted(msgspec.Struct, frozen=True, array_like=True, kw_only=True, tag=1
     """A request that was promised an answer, as it stands: fresh, or after a part of its life.
 
     ``choices`` carry their seeds resolved. ``deadline_s`` is a time on the engine's clock, one
-    that goes on while no engine runs.
+    that goes on while no engine runs. ``resume``: by what it may be asked for again.
     """
 
     request_id: int
@@ -44,6 +45,7 @@ class Admitted(msgspec.Struct, frozen=True, array_like=True, kw_only=True, tag=1
     tenant: str = ""
     cache_salt: str = ""
     deadline_s: float | None = None
+    resume: Resume | None = None
 
 
 class Finished(msgspec.Struct, frozen=True, array_like=True, tag=2):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import psutil
 import torch
 
 from spanwise.device.devices import cpu_hint, host_memory
@@ -39,6 +40,18 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return host_memory()[1]
+
+
+def memory_use(spec: DeviceSpec) -> tuple[int, int]:
+    """Bytes this process has in use on its device, and bytes there in all; waits for nothing.
+
+    Of a CPU device all that is resident counts, also what forks share; all is the host's.
+    """
+    if spec.kind == "cpu":
+        return psutil.Process().memory_info().rss, host_memory()[0]
+    device = torch.device("cuda", spec.index)
+    total = torch.cuda.get_device_properties(device).total_memory
+    return torch.cuda.memory_allocated(device), total
 
 
 def synchronize(device: torch.device) -> None:

@@ -17,13 +17,14 @@ from spanwise.engine.config import EngineConfig, ServiceConfig
 from spanwise.engine.front import Front, RequestStream
 from spanwise.engine.grammar import GrammarChecker
 from spanwise.engine.launch import EnginePlan
-from spanwise.engine.messages import Abort, Admit, Running, Submit
+from spanwise.engine.messages import Abort, Admit, Attach, Bound, EndChoice, Running, Submit
 from spanwise.engine.prompt import Prompt, read_prompt
 from spanwise.engine.sampling_defaults import resolve_sampling, stop_token_ids
 from spanwise.engine.service import EngineService
 from spanwise.engine.tokenizer import Tokenizer
 from spanwise.errors import EngineError, OverloadedError
 from spanwise.types.outputs import RequestOutput
+from spanwise.types.resume import AnswerName
 from spanwise.types.sampling import Grammar, SamplingParams
 from spanwise.types.serving import EngineHealth, EngineRequest, EngineStats
 
@@ -102,6 +103,13 @@ class AsyncEngine:
             raise EngineError(f"the engine is not ready: {self.phase}")
         return self._front.tokenizer
 
+    def check_room(self) -> None:
+        """Raise OverloadedError where a request would certainly be refused, whatever it is.
+
+        Costs nothing: the engine said so a moment ago, and is not asked.
+        """
+        self._front.check_room()
+
     async def open(self, request: EngineRequest) -> RequestStream:
         """Queue a request, and give the stream of its news.
 
@@ -112,10 +120,15 @@ class AsyncEngine:
         request_id, arrived_s = next(self._request_ids), time.monotonic()
         guess = _guess_tokens(request.prompt)
         try:
-            await self._front.ask(request_id, Admit(request_id, guess, request.tenant, arrived_s))
+            admit = Admit(
+                request_id, guess, request.tenant, arrived_s, request.resume, request.is_further
+            )
+            bound = await self._front.ask(request_id, admit)
+            if bound is not None:
+                return await self._attach(bound, request)
             return await self._submit(request_id, arrived_s, request, running)
         except BaseException:
-            self._drop(request_id)
+            self._close_request(request_id, [Abort(request_id)])
             raise
 
     async def generate(
@@ -193,14 +206,11 @@ class AsyncEngine:
         if params.grammar is not None:
             await self._check(params.grammar, params.stop_token_ids or ())
         specs = resolve_sampling(params, running.defaults, running.vocab_size)
-        choices = [new_choice(i, i, tokenizer, params) for i in range(len(specs))]
-        live = LiveRequest(request_id, text, tuple(token_ids), params, choices)
-        stream = RequestStream(live, self._drop)
-        self._front.add_stream(stream)
+        stream = self._new_stream(request_id, text, tuple(token_ids), params)
         timeout_s = request.timeout_s
         submit = Submit(
             request_id,
-            live.prompt_token_ids,
+            stream.prompt_token_ids,
             tuple(specs),
             params.max_tokens,
             stop_token_ids(params, running.defaults),
@@ -214,15 +224,39 @@ class AsyncEngine:
         await self._front.ask(request_id, submit)
         return stream
 
+    async def _attach(self, bound: Bound, request: EngineRequest) -> RequestStream:
+        """Follow what was asked for before, from its beginning."""
+        await self._in_thread(self.tokenizer.wait)
+        request_id, token_ids = bound.request_id, bound.prompt_token_ids
+        text = request.prompt if isinstance(request.prompt, str) else None
+        stream = self._new_stream(request_id, text, token_ids, request.params, bound.name)
+        self._front.send(Attach(request_id))
+        return stream
+
+    def _new_stream(
+        self,
+        request_id: int,
+        text: str | None,
+        token_ids: tuple[int, ...],
+        params: SamplingParams,
+        bound_to: AnswerName | None = None,
+    ) -> RequestStream:
+        choices = [new_choice(i, i, self.tokenizer, params) for i in range(params.n)]
+        live = LiveRequest(request_id, text, token_ids, params, choices)
+        stream = RequestStream(live, self._close_request, bound_to)
+        self._front.add_stream(stream)
+        return stream
+
     async def _check(self, grammar: Grammar, stop_token_ids: Sequence[int]) -> None:
         if self._grammars is None:
             self._grammars = GrammarChecker(self.tokenizer.folder)
         check = partial(self._grammars.check, grammar, stop_token_ids)
         await asyncio.get_running_loop().run_in_executor(self._check_threads, check)
 
-    def _drop(self, request_id: int) -> None:
+    def _close_request(self, request_id: int, last_words: Sequence[Abort | EndChoice]) -> None:
         self._front.drop_stream(request_id)
-        self._front.send(Abort(request_id))
+        for message in last_words:
+            self._front.send(message)
 
     async def _in_thread(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)

@@ -68,8 +68,17 @@ class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True):
     """An engine in processes of its own, and how much may wait for it.
 
     ``silent_after_s``: a rank that has not answered for so long is not healthy.
+    ``resume_window_s``: how long an answer that may be asked for again is kept after its end.
     """
 
     engine: EngineConfig
     admission: AdmissionLimits = AdmissionLimits()
     silent_after_s: float = 15.0
+    resume_window_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        """Raise InputError for what cannot be."""
+        if not 0 <= self.resume_window_s < float("inf"):
+            raise InputError(
+                f"resume_window must be a number from 0 up, got {self.resume_window_s}"
+            )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import selectors
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from spanwise.control.router import ReplicaQueue, Router
 from spanwise.engine.launch import ReplicaHandle
@@ -13,7 +13,7 @@ from spanwise.scheduler.key_chain import KeyChain, horizon
 from spanwise.scheduler.limit import length_limit
 from spanwise.scheduler.request import SequenceRequest
 from spanwise.scheduler.update import SequenceUpdate
-from spanwise.types.plan import StepResult
+from spanwise.types.plan import StepPlan, StepResult
 
 
 class EngineCore:
@@ -22,8 +22,15 @@ class EngineCore:
     For one thread at a time. What a replica raises, its methods raise.
     """
 
-    def __init__(self, replicas: Sequence[ReplicaHandle], scheduling: SchedulerConfig) -> None:
+    def __init__(
+        self,
+        replicas: Sequence[ReplicaHandle],
+        scheduling: SchedulerConfig,
+        planned: Callable[[int, StepPlan, float], None] = lambda replica, plan, now_s: None,
+    ) -> None:
+        """``planned(replica, plan, now_s)`` is told of every step before it is submitted."""
         self.replicas = tuple(replicas)
+        self._planned = planned
         self._scheduling = scheduling
         self._router = Router(len(replicas), scheduling.cache.block_size)
         # Those whose sequences have changed since they were last fed; results feed theirs at once.
@@ -43,10 +50,15 @@ class EngineCore:
         """Steps planned and not yet answered, of all replicas."""
         return sum(replica.scheduler.num_in_flight for replica in self.replicas)
 
-    def add(self, request: SequenceRequest, num_tokens: int) -> None:
-        """Queue a sequence that may need so many tokens. Raises InputError if it could never run.
+    @property
+    def num_seats(self) -> int:
+        """How many sequences all replicas together may run at once."""
+        return len(self.replicas) * self._scheduling.max_num_seqs
 
-        ``sequence_id`` is never used twice.
+    def add(self, request: SequenceRequest, num_tokens: int) -> int:
+        """Queue a sequence that may need so many tokens; give the replica it waits at for now.
+
+        ``sequence_id`` is never used twice. Raises InputError if it could never run.
         """
         length_limit(request, self._scheduling)
         prefix = self._prefix(request) if len(self.replicas) > 1 else []
@@ -57,6 +69,7 @@ class EngineCore:
             self._router.release(request.sequence_id)
             raise
         self._changed.add(self.replicas[replica])
+        return replica
 
     def end(self, sequence_id: int) -> None:
         """Forget a sequence whose caller wants no more of it; it must not have ended itself."""
@@ -118,6 +131,7 @@ class EngineCore:
 
     def _feed(self, replica: ReplicaHandle, now_s: float) -> None:
         while (plan := replica.scheduler.next_plan(now_s)) is not None:
+            self._planned(self.replicas.index(replica), plan, now_s)
             replica.executor.submit(plan)
 
     def _level(self, now_s: float) -> None:

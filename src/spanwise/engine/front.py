@@ -6,7 +6,7 @@ import asyncio
 import socket
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TypeVar
@@ -15,11 +15,14 @@ import msgspec
 
 from spanwise.engine.choice import LiveRequest
 from spanwise.engine.messages import (
+    Abort,
     Accepted,
     Admitted,
     AskHealth,
     AskStats,
+    Bound,
     ChoiceUpdate,
+    CountRefused,
     EndChoice,
     EngineFailed,
     FromFront,
@@ -35,11 +38,16 @@ from spanwise.engine.messages import (
 )
 from spanwise.engine.tokenizer import Tokenizer
 from spanwise.errors import EngineError, OverloadedError, SpanwiseError
+from spanwise.types.resume import AnswerName
 from spanwise.types.serving import ChoiceDelta, EngineHealth, EngineStats, RequestNews
 from spanwise.worker.channel import Channel, ChannelClosed
 from spanwise.worker.failure import error_of
 
 Answer = TypeVar("Answer")
+
+# So long a refusal for all stands before the engine is asked again: asking costs it more than a
+# place that stays empty meanwhile.
+_FULL_S = 0.02
 
 STARTING = "starting"
 READY = "ready"
@@ -49,13 +57,22 @@ class RequestStream:
     """News of one request, for ``async for``; ends after the news that says ``finished``.
 
     Raises EngineError where the engine fails meanwhile. A reader that is slow gets several steps'
-    news in one; one that leaves early calls ``abort``.
+    news in one; one that leaves early calls ``abort``, or ``end`` where it has all it wants.
+    ``bound_to``: what the answer is called that was asked for before, where it was.
     """
 
-    def __init__(self, live: LiveRequest, abort: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        live: LiveRequest,
+        close: Callable[[int, Sequence[Abort | EndChoice]], None],
+        bound_to: AnswerName | None = None,
+    ) -> None:
+        """``close(request_id, messages)`` ends the news, and says the last words to the engine."""
         self.live = live
+        self.bound_to = bound_to
         self.num_cached_tokens = 0
-        self._abort = abort
+        self._close = close
+        self._num_read = [0] * len(live.choices)
         self._pending: list[RequestNews] = []
         self._error: SpanwiseError | None = None
         self._is_over = False
@@ -80,15 +97,18 @@ class RequestStream:
         pending, self._pending = self._pending, []
         news = pending[0] if len(pending) == 1 else _joined(pending)
         self._is_over = news.finished
+        for delta in news.deltas:
+            self._num_read[delta.index] += len(delta.token_ids)
         return news
 
     def abort(self) -> None:
-        """End the request; harmless when it has ended."""
-        if not self._is_over and self._error is None:
-            self._is_over = True
-            self._pending.clear()
-            self._abort(self.live.request_id)
-            self._wake.set()
+        """Give the request up; harmless when it has ended."""
+        self._leave([Abort(self.live.request_id)])
+
+    def end(self) -> None:
+        """End the request where it is: what has been read is the answer."""
+        request_id, counts = self.live.request_id, enumerate(self._num_read)
+        self._leave([EndChoice(request_id, choice, None, count) for choice, count in counts])
 
     def push(self, news: RequestNews) -> None:
         """Take news; called on the event loop."""
@@ -100,6 +120,13 @@ class RequestStream:
         """The request has failed; called on the event loop."""
         self._error = error
         self._wake.set()
+
+    def _leave(self, last_words: Sequence[Abort | EndChoice]) -> None:
+        if not self._is_over and self._error is None:
+            self._is_over = True
+            self._pending.clear()
+            self._close(self.live.request_id, last_words)
+            self._wake.set()
 
 
 class Front:
@@ -118,10 +145,13 @@ class Front:
         self._sock = sock
         self._outgoing: SimpleQueue[FromFront | None] = SimpleQueue()
         self._streams: dict[int, RequestStream] = {}
-        self._answers: dict[int, asyncio.Future[None]] = {}
+        self._answers: dict[int, asyncio.Future[Bound | None]] = {}
         self._health: deque[asyncio.Future[EngineHealth]] = deque()
         self._stats: deque[asyncio.Future[EngineStats]] = deque()
         self._failure: SpanwiseError | None = None
+        self._full: Refused | None = None
+        self._full_until_s = 0.0
+        self._num_refused = 0
         self._changed = asyncio.Event()
         self._threads = [
             threading.Thread(target=work, name=f"front-{work.__name__}", daemon=True)
@@ -138,19 +168,26 @@ class Front:
             await self._changed.wait()
         return self.running
 
-    async def ask(self, request_id: int, message: FromFront) -> None:
-        """Send a message about a request and wait for its answer.
+    async def ask(self, request_id: int, message: FromFront) -> Bound | None:
+        """Send a message about a request and wait for its answer, which may be that it is bound.
 
         Raises OverloadedError for a refusal, and what the request failed with.
         """
         self._raise_failure()
-        answer = self._loop.create_future()
+        self._report_refused()
+        answer: asyncio.Future[Bound | None] = self._loop.create_future()
         self._answers[request_id] = answer
         try:
             self.send(message)
-            await answer
+            return await answer
         finally:
             self._answers.pop(request_id, None)
+
+    def check_room(self) -> None:
+        """Raise OverloadedError where the engine has just refused one for all, and count it."""
+        if self._full is not None and self._loop.time() < self._full_until_s:
+            self._num_refused += 1
+            raise _overloaded(self._full)
 
     def send(self, message: FromFront) -> None:
         """Send a message that has no answer, or whose answer is news."""
@@ -170,6 +207,7 @@ class Front:
 
     async def stats(self) -> EngineStats:
         """What the engine has counted."""
+        self._report_refused()
         return await self._query(AskStats(), self._stats)
 
     def interrupt(self, error: SpanwiseError) -> None:
@@ -192,6 +230,11 @@ class Front:
         waiting.append(answer)
         self.send(question)
         return await answer
+
+    def _report_refused(self) -> None:
+        if self._num_refused:
+            self.send(CountRefused(self._num_refused))
+            self._num_refused = 0
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -254,6 +297,7 @@ class Front:
                 prompt_logprobs=live.new_prompt_logprobs(),
                 pooled=update.pooled,
                 finished=live.finished,
+                at=each.at,
             )
             news.append((each.request_id, said, getattr(update, "num_cached_tokens", 0)))
         return news
@@ -281,9 +325,12 @@ class Front:
                 self.running, self.phase = message, READY
             case Admitted(request_id) | Accepted(request_id):
                 self._answer(request_id, None)
+            case Bound():
+                self._answer(message.request_id, message)
             case Refused():
-                refusal = OverloadedError(message.message, message.retry_after_s, message.tenant)
-                self._answer(message.request_id, refusal)
+                if message.for_all:
+                    self._full, self._full_until_s = message, self._loop.time() + _FULL_S
+                self._answer(message.request_id, _overloaded(message))
             case RequestFailed():
                 self._fail_request(message.request_id, error_of(message.error))
             case Health():
@@ -296,14 +343,14 @@ class Front:
                 raise AssertionError("prepared by the listening thread")
         self._changed.set()
 
-    def _answer(self, request_id: int, error: SpanwiseError | None) -> None:
+    def _answer(self, request_id: int, said: Bound | SpanwiseError | None) -> None:
         answer = self._answers.get(request_id)
         if answer is None or answer.done():
             return
-        if error is None:
-            answer.set_result(None)
+        if isinstance(said, SpanwiseError):
+            answer.set_exception(said)
         else:
-            answer.set_exception(error)
+            answer.set_result(said)
 
     def _fail_request(self, request_id: int, error: SpanwiseError) -> None:
         self._answer(request_id, error)
@@ -321,6 +368,10 @@ class Front:
         _reject(self._health, error)
         _reject(self._stats, error)
         self._changed.set()
+
+
+def _overloaded(refused: Refused) -> OverloadedError:
+    return OverloadedError(refused.message, refused.retry_after_s, refused.tenant)
 
 
 def _resolve(waiting: asyncio.Future[Answer], answer: Answer) -> None:
@@ -345,6 +396,7 @@ def _joined(pending: list[RequestNews]) -> RequestNews:
         prompt_logprobs=tuple(x for news in pending for x in news.prompt_logprobs),
         pooled=next((news.pooled for news in pending if news.pooled is not None), None),
         finished=pending[-1].finished,
+        at=pending[-1].at,
     )
 
 

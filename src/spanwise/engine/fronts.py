@@ -66,11 +66,18 @@ class Fronts:
         self.tell(message)
 
     def _serve(self, port: FrontPort) -> None:
-        """Read what a front says, and write what it could not take before."""
+        """Read what a front says, and write what it could not take before.
+
+        It may be found gone by what it is told: before its turn in the loop, and while it is heard.
+        """
+        if port not in self._ports:
+            return
         try:
             self._watch_writing(port, not port.channel.flush())
             for message, _ in port.channel.arrived():
                 self._hear(port, message)
+                if port not in self._ports:
+                    return
         except ChannelClosed:
             self._remove(port)
 

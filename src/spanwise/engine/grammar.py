@@ -122,6 +122,8 @@ class GrammarChecker:
 
     def _try(self, grammar: Grammar) -> str | None:
         """What a trial says; None for one without an end, whose process then makes way."""
+        if self._trial is not None and not self._trial.is_alive():
+            self._end_trial()  # somebody else has killed it: no fault of this grammar
         trial = self._trial = self._trial or _Trial(self._folder)
         try:
             trial.wait_ready()
@@ -150,6 +152,10 @@ class _Trial:
             self._process = PythonProcess("spanwise.engine.grammar_process", fds, [folder])
         self._channel: Channel[Verdict] = Channel(ours, Verdict)
         self._is_ready = False
+
+    def is_alive(self) -> bool:
+        """Whether its process still runs."""
+        return self._process.is_alive()
 
     def wait_ready(self) -> None:
         """Raises ModelError where the model's tokenizer cannot be used with grammars."""

@@ -51,7 +51,7 @@ class LayerAttention:
         )
         step = self.context.step
         group = step.group_of[self.layer]
-        out = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
+        parts = []
         for row, (keys, values) in zip(step.rows, self._histories(key, value), strict=True):
             end = row.offset + row.count
             part = attend(
@@ -63,8 +63,8 @@ class LayerAttention:
                 rule,
                 s_aux,
             )
-            out[row.offset : end] = part.transpose(0, 1)
-        return out[None]
+            parts.append(part.transpose(0, 1))
+        return torch.cat(parts)[None]
 
     def _histories(
         self, key: torch.Tensor, value: torch.Tensor

@@ -43,8 +43,9 @@ class EventStream(Response):
     """Events as they come, each written at once.
 
     A client that reads slowly makes ``send`` wait, and that makes whoever produces the events wait.
-    When the client leaves, ``abort`` is called, and the rest is not produced. An error after the
-    beginning becomes the event that ``error_event`` makes of it, and nothing comes after it.
+    When the client leaves, ``abort`` is called, and the rest is not produced; with ``runs_on`` it
+    is, and nobody reads it. An error after the beginning becomes the event that ``error_event``
+    makes of it, and nothing comes after it.
     """
 
     media_type = "text/event-stream"
@@ -56,11 +57,12 @@ class EventStream(Response):
         *,
         abort: Callable[[], None],
         error_event: Callable[[SpanwiseError], bytes],
+        runs_on: bool = False,
     ) -> None:
         self.status_code = HTTPStatus.OK
         self.background = None
         self._first, self._rest = first, rest
-        self._abort, self._error_event = abort, error_event
+        self._abort, self._error_event, self._runs_on = abort, error_event, runs_on
         # A proxy that gathers events would undo the streaming.
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
 
@@ -71,6 +73,7 @@ class EventStream(Response):
         *,
         abort: Callable[[], None],
         error_event: Callable[[SpanwiseError], bytes],
+        runs_on: bool = False,
     ) -> EventStream:
         """Wait for the first event: until then an error is an answer of its own."""
         try:
@@ -78,10 +81,19 @@ class EventStream(Response):
         except BaseException:
             abort()
             raise
-        return cls(first, events, abort=abort, error_event=error_event)
+        return cls(first, events, abort=abort, error_event=error_event, runs_on=runs_on)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer."""
+        try:
+            if self._runs_on:
+                await self._send(send)
+            else:
+                await self._send_unless_gone(receive, send)
+        finally:
+            self._abort()
+
+    async def _send_unless_gone(self, receive: Receive, send: Send) -> None:
         gone = asyncio.create_task(wait_until_gone(receive))
         sending = asyncio.create_task(self._send(send))
         try:
@@ -89,7 +101,6 @@ class EventStream(Response):
             if sending.done():
                 sending.result()
         finally:
-            self._abort()
             await cancelled(gone, sending)
 
     async def _send(self, send: Send) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import msgspec
+from starlette.responses import Response
 
 from spanwise.errors import SpanwiseError
 from spanwise.server import sse
+from spanwise.server.answers import EventStream, json_answer
 from spanwise.server.errors import ErrorAnswer, api_error, bad_request
 from spanwise.server.exchange import Exchange
 from spanwise.server.generation import Generation
@@ -14,6 +18,7 @@ from spanwise.server.protocol.prompts import OnePrompt
 from spanwise.server.protocol.sampling import RequestFields, SamplingFields
 from spanwise.server.protocol.usage import PromptTokensDetails, Usage
 from spanwise.server.service import Service
+from spanwise.types.resume import Resume
 from spanwise.types.sampling import SamplingParams
 from spanwise.types.serving import EngineRequest
 
@@ -49,6 +54,25 @@ def engine_request(
     )
 
 
+async def open_generation(
+    service: Service,
+    exchange: Exchange,
+    requests: Sequence[EngineRequest],
+    resume: Resume | None = None,
+) -> Generation:
+    """Queue requests; see ``Generation.open``. Raises OverloadedError, InputError, EngineError."""
+    if service.options.log_prompts:
+        exchange.notes.prompts += [_said(request.prompt) for request in requests]
+    return await Generation.open(service.engine, requests, exchange.notes, resume)
+
+
+def _said(prompt: str | Mapping[str, Any]) -> str | dict[str, Any]:
+    """A prompt without its template, which is the same for all."""
+    if isinstance(prompt, str):
+        return prompt
+    return {name: value for name, value in prompt.items() if name != "chat_template"}
+
+
 def engine_prompt(prompt: OnePrompt, add_special_tokens: bool | None) -> dict[str, Any]:
     """A prompt as the engine takes it."""
     if isinstance(prompt, str):
@@ -77,6 +101,40 @@ def usage_of(generation: Generation, num_output_tokens: int | None = None) -> Us
         num_prompt + num_output_tokens,
         PromptTokensDetails(generation.num_cached_tokens),
     )
+
+
+class Answer(Protocol):
+    """The answer to a request; one of its methods is used, once."""
+
+    async def whole(self) -> msgspec.Struct:
+        """Wait for all of it."""
+
+    def events(self) -> AsyncGenerator[bytes]:
+        """The events as they come."""
+
+
+async def give(
+    exchange: Exchange,
+    generation: Generation,
+    answer: Answer,
+    *,
+    stream: bool,
+    error_event: Callable[[SpanwiseError], bytes],
+) -> Response:
+    """Give an answer, in events or whole."""
+    response: Response
+    if stream:
+        response = await EventStream.begin(
+            answer.events(),
+            abort=generation.abort,
+            error_event=error_event,
+            runs_on=exchange.resume is not None,
+        )
+    else:
+        response = json_answer(await answer.whole())
+    if generation.is_replayed:
+        response.headers["idempotency-replayed"] = "true"
+    return response
 
 
 def error_event(service: Service, exchange: Exchange) -> Callable[[SpanwiseError], bytes]:

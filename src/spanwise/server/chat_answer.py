@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-import uuid
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -48,7 +46,7 @@ class ChatAnswer:
     ) -> None:
         tokenizer = service.engine.tokenizer
         self._body, self._generation = body, generation
-        self._id, self._created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
+        self._id, self._created = f"chatcmpl-{generation.name.id}", generation.name.created
         self._model, self._fingerprint = body.model, service.fingerprint
         self._tokens = TokenText(tokenizer, bool(body.return_tokens_as_token_ids))
         use, self._prompt = plan.tools, generation.streams[0].prompt_token_ids
@@ -102,7 +100,7 @@ class ChatAnswer:
             async for _, news in all_news:
                 yield news
                 if all(choice.has_ended for choice in self._choices):
-                    self._generation.abort()
+                    self._generation.end()
                     return
 
     def _pieces(self, news: RequestNews) -> Iterator[tuple[int, Piece]]:

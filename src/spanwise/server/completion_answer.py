@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-import uuid
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -60,7 +58,7 @@ class CompletionAnswer:
     ) -> None:
         tokenizer = service.engine.tokenizer
         self._body, self._generation, self._n = body, generation, body.n or 1
-        self._id, self._created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
+        self._id, self._created = f"cmpl-{generation.name.id}", generation.name.created
         self._model, self._fingerprint = body.model, service.fingerprint
         self._tokens = TokenText(tokenizer, bool(body.return_tokens_as_token_ids))
         hidden = tokenizer.special_token_ids if body.skip_special_tokens is not False else ()

@@ -6,6 +6,7 @@ import msgspec
 
 from spanwise.engine.config import ServiceConfig
 from spanwise.errors import InputError
+from spanwise.server.logs import LogFormat
 from spanwise.server.options import ServerOptions
 from spanwise.server.transport.limits import TransportLimits
 
@@ -22,6 +23,7 @@ class HttpConfig(msgspec.Struct, frozen=True, kw_only=True):
     certfile: str | None = None
     keyfile: str | None = None
     access_log: bool = False
+    log_format: LogFormat = "text"
 
     def __post_init__(self) -> None:
         """Raise InputError for what cannot be."""
@@ -31,6 +33,10 @@ class HttpConfig(msgspec.Struct, frozen=True, kw_only=True):
             )
         if self.keyfile is not None and self.certfile is None:
             raise InputError("ssl_keyfile goes with ssl_certfile; give both")
+        if self.options.log_prompts and not self.access_log:
+            raise InputError(
+                "log_prompts goes with access_log, in whose lines they stand; give both"
+            )
 
 
 class ServingConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,6 +7,7 @@ from typing import Any, Protocol, Self
 
 from spanwise.engine.launch import EnginePlan
 from spanwise.engine.tokenizer import Tokenizer
+from spanwise.types.resume import AnswerName
 from spanwise.types.serving import EngineHealth, EngineRequest, EngineStats, RequestNews
 
 
@@ -14,6 +15,7 @@ class RequestStream(Protocol):
     """News of one request; see ``engine.front.RequestStream``."""
 
     num_cached_tokens: int
+    bound_to: AnswerName | None
 
     @property
     def prompt_token_ids(self) -> tuple[int, ...]:
@@ -24,7 +26,10 @@ class RequestStream(Protocol):
     async def __anext__(self) -> RequestNews: ...
 
     def abort(self) -> None:
-        """End the request; harmless when it has ended."""
+        """Give the request up; harmless when it has ended."""
+
+    def end(self) -> None:
+        """End the request where it is: what has been read is the answer."""
 
 
 class ServingEngine(Protocol):
@@ -49,6 +54,9 @@ class ServingEngine(Protocol):
     @property
     def is_ready(self) -> bool:
         """Whether requests are taken."""
+
+    def check_room(self) -> None:
+        """Raise OverloadedError where a request would certainly be refused, whatever it is."""
 
     async def open(self, request: EngineRequest) -> RequestStream:
         """Queue a request. Raises OverloadedError, InputError, EngineError."""

@@ -13,6 +13,7 @@ from spanwise.errors import (
     ContextLengthError,
     DeviceError,
     InputError,
+    KeyReusedError,
     LayoutError,
     ModelError,
     OverloadedError,
@@ -150,12 +151,21 @@ def api_error(error: SpanwiseError, request_id: str, engine: ServingEngine) -> A
             return _overloaded(error)
         case ContextLengthError():
             return too_long(cut(reason(error)))
+        case KeyReusedError():
+            said, unprocessable = cut(reason(error)), HTTPStatus.UNPROCESSABLE_ENTITY
+            return ApiError(unprocessable, said, code="idempotency_key_reused")
         case InputError() if not isinstance(error, _OURS):
             return bad_request(cut(reason(error)))
-    _LOG.error("request %s: %s", clean(request_id), clean(reason(error, expected=False)))
+    log_error(error, request_id)
     if not engine.is_ready:
         return not_ready(engine.phase)
     return internal_error()
+
+
+def log_error(error: Exception, request_id: str) -> None:
+    """Log what is not the client's fault."""
+    facts = {"request_id": clean(request_id), "message": clean(reason(error, expected=False))}
+    _LOG.error("request %(request_id)s: %(message)s", facts, extra={"facts": facts})
 
 
 def internal_error() -> ApiError:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import time
 from collections.abc import Coroutine
+from hashlib import sha256
 from http import HTTPStatus
 from typing import Any, TypeVar
 
@@ -13,13 +16,20 @@ from starlette.requests import Request
 from spanwise.errors import SpanwiseError
 from spanwise.server.answers import cancelled, wait_until_gone
 from spanwise.server.errors import ApiError, bad_request
+from spanwise.server.generation import new_name
+from spanwise.server.options import ServerOptions
 from spanwise.server.protocol.decode import decode
 from spanwise.server.protocol.strict import Strict
+from spanwise.server.transport.notes import NOTES, REQUEST_ID, RequestNotes
+from spanwise.types.resume import Resume
 
 Body = TypeVar("Body", bound=Strict)
 Result = TypeVar("Result")
 
-REQUEST_ID, TENANT = "spanwise.request_id", "spanwise.tenant"
+TENANT = "spanwise.tenant"
+
+_KEY_HEADER = "Idempotency-Key"
+_GOOD_KEY = re.compile(r"[ -~]{1,255}")
 
 
 class ClientGoneError(SpanwiseError):
@@ -27,10 +37,15 @@ class ClientGoneError(SpanwiseError):
 
 
 class Exchange:
-    """A request: who sends it, what it says, and whether they still wait."""
+    """A request: who sends it, what it says, and whether they still wait.
 
-    def __init__(self, request: Request, max_body_bytes: int) -> None:
-        self._request, self._max_body_bytes = request, max_body_bytes
+    ``resume``, once it is read: by what they may ask for its answer again.
+    """
+
+    def __init__(self, request: Request, options: ServerOptions) -> None:
+        self._request, self._max_body_bytes = request, options.max_body_bytes
+        self._keeps_answers = options.keeps_answers
+        self.resume: Resume | None = None
 
     @property
     def request_id(self) -> str:
@@ -44,6 +59,17 @@ class Exchange:
         name: str = self._request.scope[TENANT]
         return name
 
+    @property
+    def may_be_known(self) -> bool:
+        """Whether its answer may be there already, since it was asked for before."""
+        return _KEY_HEADER in self._request.headers
+
+    @property
+    def notes(self) -> RequestNotes:
+        """What the log is to say of the request."""
+        notes: RequestNotes = self._request.scope.setdefault(NOTES, RequestNotes(time.monotonic()))
+        return notes
+
     def path_parameter(self, name: str) -> str:
         """A part of the path."""
         value: str = self._request.path_params[name]
@@ -52,7 +78,18 @@ class Exchange:
     async def read(self, model: type[Body]) -> Body:
         """The body, checked. Raises ApiError, and ClientGoneError where it does not end."""
         _check_headers(self._request.headers, self._max_body_bytes)
-        return decode(model, await self._read_bytes())
+        key = _idempotency_key(self._request.headers)
+        raw = await self._read_bytes()
+        body = decode(model, raw)
+        if key is not None and self._keeps_answers:
+            whose = "\0".join((self.tenant, self._request.scope["path"], key))
+            digests = sha256(whose.encode()).digest(), sha256(raw).digest()
+            self.resume = Resume(*digests, new_name())
+        return body
+
+    async def until_done(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Do the work to its end where its answer may be asked for again, else ``unless_gone``."""
+        return await (self.unless_gone(work) if self.resume is None else work)
 
     async def unless_gone(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Do the work while the client waits for it.
@@ -83,6 +120,19 @@ class Exchange:
             pieces.append(piece)
             if not message.get("more_body", False):
                 return b"".join(pieces)
+
+
+def _idempotency_key(headers: Headers) -> str | None:
+    """The key of the request, if it has one. Raises ApiError."""
+    given = headers.getlist(_KEY_HEADER)
+    if not given:
+        return None
+    if len(given) > 1 or _GOOD_KEY.fullmatch(given[0]) is None:
+        raise bad_request(
+            f"{_KEY_HEADER} must be 1 to 255 printable ASCII characters, and sent once",
+            _KEY_HEADER,
+        )
+    return given[0]
 
 
 def _check_headers(headers: Headers, max_body_bytes: int) -> None:

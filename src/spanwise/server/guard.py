@@ -14,9 +14,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from spanwise.server.answers import error_answer
 from spanwise.server.errors import ApiError
-from spanwise.server.exchange import REQUEST_ID, TENANT
+from spanwise.server.exchange import TENANT
 from spanwise.server.options import ServerOptions
 from spanwise.server.page.files import PAGE_PATHS
+from spanwise.server.transport.notes import REQUEST_ID
 from spanwise.server.transport.refusal import new_request_id
 
 PUBLIC = frozenset({"/health", "/ready"}) | PAGE_PATHS
@@ -38,6 +39,7 @@ class Guard:
         self._application = application
         self._digests = options.api_key_digests
         self._hosts = _allowed_hosts(options)
+        self._origins = frozenset(origin.encode() for origin in options.allowed_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or pass on what is none."""
@@ -68,8 +70,9 @@ class Guard:
         if len(hosts) != 1 or _host(hosts[0]) not in self._hosts:
             raise _forbidden("the Host of the request is not one of this server's names")
         for origin in _values(scope, b"origin"):
-            if origin.partition(b"://")[2] != hosts[0]:
-                raise _forbidden("the Origin of the request is another site")
+            is_own = origin.partition(b"://")[2] == hosts[0]
+            if not is_own and not self._origins & {origin, b"*"}:
+                raise _forbidden("the Origin of the request is another site; see --allowed-origin")
 
     def _check_key(self, scope: Scope) -> str:
         """Whose key the request has. Raises ApiError where it has none that is known."""

@@ -42,22 +42,38 @@ _RETRY = {
         "schema": {"type": "integer", "minimum": 1},
     }
 }
+_IDEMPOTENCY_KEY = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "description": "The request runs on when its connection breaks. Sent again with the same key "
+    "and the same body it is given the same answer, from its beginning.",
+    "schema": {
+        "type": "string",
+        "minLength": 1,
+        "maxLength": 255,
+        "pattern": "^[!-~]([ -~]*[!-~])?$",
+    },
+}
 _REQUEST_ID = {
     "x-request-id": {"description": "The name of the request.", "schema": {"type": "string"}}
 }
 
 
-def openapi_document() -> dict[str, Any]:
-    """The document, in OpenAPI 3.1."""
-    return {
-        "openapi": "3.1.0",
+def openapi_document(needs_key: bool = False) -> dict[str, Any]:
+    """The document, in OpenAPI 3.2, which is the first to know events.
+
+    ``needs_key``: of a server that lets in none without a key.
+    """
+    document: dict[str, Any] = {
+        "openapi": "3.2.0",
         "info": {"title": "Spanwise", "version": version(), "description": _DESCRIPTION},
         "paths": {_path(route): {route.method.lower(): _operation(route)} for route in ROUTES},
-        "components": {
-            "schemas": _schemas(),
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
-        },
+        "components": {"schemas": _schemas()},
     }
+    if needs_key:
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"key": []}]
+    return document
 
 
 def _path(route: RouteSpec) -> str:
@@ -71,11 +87,13 @@ def _operation(route: RouteSpec) -> dict[str, Any]:
         "responses": {str(int(status)): _error(status) for status in _statuses(route)},
     }
     operation["responses"]["200"] = _good(route)
-    if route.path not in PUBLIC:
-        operation["security"] = [{"key": []}, {}]  # a server may be run without keys
+    if route.path in PUBLIC:
+        operation["security"] = []
     if route.body is not None:
         content = {"application/json": {"schema": _reference(route.body)}}
         operation["requestBody"] = {"required": True, "content": content}
+    if route.events:
+        operation["parameters"] = [_IDEMPOTENCY_KEY]
     if "{" in route.path:
         name = route.path.partition("{")[2].partition(":")[0]
         operation["parameters"] = [
@@ -90,6 +108,8 @@ def _statuses(route: RouteSpec) -> list[HTTPStatus]:
         statuses.append(HTTPStatus.UNAUTHORIZED)
     if route.body is not None:
         statuses += _OF_BODIES
+        if route.events:
+            statuses.append(HTTPStatus.UNPROCESSABLE_ENTITY)
     elif "{" in route.path:
         statuses.append(HTTPStatus.NOT_FOUND)
     return sorted(statuses)
@@ -101,11 +121,25 @@ def _good(route: RouteSpec) -> dict[str, Any]:
         content["text/plain"] = {"schema": {"type": "string"}}
     else:
         content["application/json"] = {"schema": _reference(route.answer)}
-    if route.events is not None:
-        # In OpenAPI 3.1 there is no way to say what the events of a stream are.
-        said = f"Events, where stream is true; the data of each is a {route.events.__name__}."
-        content["text/event-stream"] = {"schema": {"type": "string", "description": said}}
+    if route.events:
+        content["text/event-stream"] = {"itemSchema": _event(route)}
     return {"description": "It was done.", "headers": _REQUEST_ID, "content": content}
+
+
+def _event(route: RouteSpec) -> dict[str, Any]:
+    """One event of a stream."""
+    records = [_reference(kind) for kind in route.events if not isinstance(kind, str)]
+    texts = [{"const": kind} for kind in route.events if isinstance(kind, str)]
+    written = {"contentMediaType": "application/json", "contentSchema": {"anyOf": records}}
+    return {
+        "description": "Where stream is true.",
+        "type": "object",
+        "properties": {
+            "event": {"type": "string"},
+            "data": {"type": "string", "anyOf": [written, *texts]},
+        },
+        "required": ["data"],
+    }
 
 
 def _error(status: HTTPStatus) -> dict[str, Any]:
@@ -128,7 +162,7 @@ def _schemas() -> dict[str, Any]:
     )
     answers: set[type[msgspec.Struct]] = {ErrorAnswer}
     for route in ROUTES:
-        answers |= {each for each in (route.answer, route.events) if each is not None}
+        answers |= {each for each in (route.answer, *route.events) if isinstance(each, type)}
     _, given = msgspec.json.schema_components(
         sorted(answers, key=lambda each: each.__name__), ref_template=_REFERENCE + "{name}"
     )

@@ -18,6 +18,7 @@ import uvloop
 from spanwise.engine.async_engine import AsyncEngine
 from spanwise.server.app import create_app
 from spanwise.server.config import HttpConfig
+from spanwise.server.logs import write_logs
 from spanwise.server.transport.server import HttpServer
 from spanwise.server.transport.tls import tls_context
 from spanwise.worker.lifeline import hang_on
@@ -50,9 +51,7 @@ def main(listening_fd: int, front_fd: int, config_fd: int, lifeline_fd: int) -> 
     hang_on(lifeline_fd)
     encoded = os.pread(config_fd, os.fstat(config_fd).st_size, 0)
     config = msgspec.json.decode(encoded, type=HttpConfig)
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
-    )
+    write_logs(config.log_format)
     listening, front = socket.socket(fileno=listening_fd), socket.socket(fileno=front_fd)
     listening.setblocking(False)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
-import uuid
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from hashlib import sha256
 from itertools import count
 from typing import Any
 
@@ -43,6 +42,7 @@ from spanwise.server.protocol.tools import as_given
 from spanwise.server.service import Service
 from spanwise.server.token_text import TokenText
 from spanwise.server.tools.events import CallArguments, CallEnd, CallStart, Text, ToolEvent
+from spanwise.types.resume import AnswerName
 
 Event = (
     ResponseEvent | ItemEvent | PartEvent | TextDelta | TextDone | ArgumentsDelta | ArgumentsDone
@@ -91,7 +91,7 @@ class ResponseAnswer:
     ) -> None:
         tokenizer, use = service.engine.tokenizer, plan.tools
         self._generation, self._wants_logprobs = generation, body.wanted_logprobs is not None
-        self._head = _head(body)
+        self._head = _head(body, generation.name)
         thinking = use is not None and use.is_thinking(
             tokenizer, generation.streams[0].prompt_token_ids
         )
@@ -146,7 +146,7 @@ class ResponseAnswer:
                     if (piece := self._choice.take(delta)) is not None:
                         yield piece
                 if self._choice.has_ended:
-                    self._generation.abort()
+                    self._generation.end()
                     return
 
     def _response(self) -> Response:
@@ -158,7 +158,7 @@ class ResponseAnswer:
         incomplete = self._end == "incomplete"
         return msgspec.structs.replace(
             self._head,
-            completed_at=None if incomplete else int(time.time()),
+            completed_at=None if incomplete else self._generation.heard_at,
             status="incomplete" if incomplete else "completed",
             incomplete_details=IncompleteDetails("max_output_tokens") if incomplete else None,
             output=list(self._done),
@@ -198,7 +198,7 @@ class ResponseAnswer:
                 yield from self._write(text)
             case CallStart(_, call_id, name):
                 yield from self._close("completed")
-                self._open = _Call(f"fc_{uuid.uuid4().hex}", call_id, name)
+                self._open = _Call(self._item_id("fc"), call_id, name)
                 yield self._item_event("response.output_item.added", "in_progress")
             case CallArguments(_, fragment):
                 assert isinstance(self._open, _Call)
@@ -231,7 +231,7 @@ class ResponseAnswer:
         )
 
     def _open_message(self) -> Iterator[Event]:
-        self._open = message = _Message(f"msg_{uuid.uuid4().hex}")
+        self._open = message = _Message(self._item_id("msg"))
         empty = MessageItem(id=message.id, status="in_progress", content=[])
         yield ItemEvent(
             type="response.output_item.added",
@@ -270,6 +270,11 @@ class ResponseAnswer:
         self._done.append(self._open.item(status))
         self._open = None
 
+    def _item_id(self, kind: str) -> str:
+        """The id of the item that comes next: the same again when the answer is replayed."""
+        place = f"{self._head.id}\0{len(self._done)}"
+        return f"{kind}_{sha256(place.encode()).hexdigest()[:32]}"
+
     def _item_event(self, kind: Any, status: ItemStatus) -> ItemEvent:
         assert self._open is not None
         return ItemEvent(
@@ -293,15 +298,15 @@ def _encode(event: Event) -> bytes:
     return sse.named_event(event.type, event)
 
 
-def _head(body: ResponseRequest) -> Response:
+def _head(body: ResponseRequest, name: AnswerName) -> Response:
     """The response before anything of it has come: what was asked for."""
     config = body.text
     wanted = None if config is None or config.format is None else config.format
     text = {"type": "text"} if wanted is None else wanted.model_dump(by_alias=True)
     reasoning = body.reasoning
     return Response(
-        id=f"resp_{uuid.uuid4().hex}",
-        created_at=int(time.time()),
+        id=f"resp_{name.id}",
+        created_at=name.created,
         status="in_progress",
         instructions=body.instructions,
         max_output_tokens=body.max_output_tokens,

@@ -9,6 +9,7 @@ import msgspec
 
 from spanwise.types.outputs import FinishReason
 from spanwise.types.plan import TaskKind, TokenLogprobs
+from spanwise.types.resume import Resume
 from spanwise.types.sampling import SamplingParams
 
 
@@ -20,6 +21,8 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     ``continue_final_message`` beside it). ``priority``: the smaller, the sooner. ``timeout_s``: the
     request is dropped if its first step has not begun so long after it came. ``tenant``: whose
     share of the engine it uses. ``cache_salt``: prefixes are shared only among equal salts.
+    ``resume``: it runs on when nobody reads its news, and may be asked for again. ``is_further``:
+    it belongs with one that was admitted, and is not refused for the time it will have to wait.
     """
 
     prompt: str | Mapping[str, Any]
@@ -29,6 +32,8 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     timeout_s: float | None = None
     tenant: str = ""
     cache_salt: str = ""
+    resume: Resume | None = None
+    is_further: bool = False
 
 
 class ChoiceDelta(msgspec.Struct, frozen=True, array_like=True):
@@ -51,13 +56,15 @@ class RequestNews(msgspec.Struct, frozen=True, array_like=True):
     """What is new of a request. ``finished`` is true in the last news of it, and only there.
 
     ``prompt_logprobs`` go on where those of the last news ended; the first entry is None (nothing
-    comes before the first token). ``pooled`` is the vector of a pooling request.
+    comes before the first token). ``pooled`` is the vector of a pooling request. ``at`` is when the
+    last of it was computed (Unix time).
     """
 
     deltas: tuple[ChoiceDelta, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
     pooled: tuple[float, ...] | None = None
     finished: bool = False
+    at: int = 0
 
 
 class RankHealth(msgspec.Struct, frozen=True, array_like=True):
@@ -89,7 +96,11 @@ class Histogram(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ReplicaStats(msgspec.Struct, frozen=True, kw_only=True):
-    """One replica now. Block counts are those of its fullest cache group."""
+    """One replica now, and since its start. Block counts are those of its fullest cache group.
+
+    ``prompt_tokens`` are those of prompts that are computed, of which ``cached_tokens`` were found.
+    ``finished`` counts sequences by reason; ``histograms`` are named as their metrics are.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
@@ -99,17 +110,45 @@ class ReplicaStats(msgspec.Struct, frozen=True, kw_only=True):
     num_preempted: int = 0
     prefix_queried_tokens: int = 0
     prefix_hit_tokens: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generation_tokens: int = 0
+    finished: dict[str, int] = {}
+    histograms: dict[str, Histogram] = {}
+
+
+class DeviceStats(msgspec.Struct, frozen=True, kw_only=True):
+    """The device of one rank; ``device`` is its name, the numbers say where the rank stands.
+
+    ``utilization`` is the share of about the last second that the rank spent in steps, waits for
+    other ranks included; ``busy_s`` all such time. Memory: see ``DeviceReading``; of what is in use
+    ``weight_bytes`` are weights, and at most ``cache_bytes`` the KV cache.
+    """
+
+    device: str
+    replica: int
+    stage: int
+    rank: int
+    utilization: float
+    busy_s: float
+    memory_used_bytes: int
+    memory_total_bytes: int
+    weight_bytes: int
+    cache_bytes: int
+
+
+class CacheInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """The KV cache of each replica, as it was planned."""
+
+    block_size: int
+    num_tokens: int
+    prefix_caching: bool
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """The engine since its start. Times in seconds."""
+    """The engine now, and since its start. ``num_refused`` requests found no room."""
 
     replicas: tuple[ReplicaStats, ...] = ()
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    finished: dict[str, int] = {}
+    devices: tuple[DeviceStats, ...] = ()
+    cache: CacheInfo | None = None
     num_refused: int = 0
-    time_to_first_token_s: Histogram = Histogram((), (0,))
-    inter_token_latency_s: Histogram = Histogram((), (0,))
-    e2e_latency_s: Histogram = Histogram((), (0,))
-    queue_time_s: Histogram = Histogram((), (0,))

@@ -85,6 +85,21 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     store_port: int = 0
 
 
+class DeviceReading(msgspec.Struct, frozen=True, array_like=True):
+    """A rank's device at one moment, as its worker sees it between two steps.
+
+    ``busy_s``: the time it has spent in steps so far, waits for other ranks included. ``at_s`` is
+    on the worker's monotonic clock: two readings give a share. Memory is what this process holds:
+    on a CPU all that is resident, pages shared with other processes included, of the host's; on a
+    card what is allocated there, of the card's.
+    """
+
+    busy_s: float
+    at_s: float
+    memory_used_bytes: int
+    memory_total_bytes: int
+
+
 class ShardInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What a loaded shard holds: weights, and what each owned layer caches on this rank.
 

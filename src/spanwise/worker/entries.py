@@ -33,7 +33,8 @@ class Entries(msgspec.Struct, frozen=True, kw_only=True):
 
     ``describe(folder, dtype)``, ``describe_shard(shard_spec)``, ``load(shard_spec)``,
     ``card(worker_spec, arena_bytes)`` (a shard and an arena), ``store(listener)``,
-    ``comm(segment_fd, worker_spec, may_spin)``, ``runner(shard, worker_spec, comm, arena)``.
+    ``comm(segment_fd, worker_spec, may_spin)``, ``runner(shard, worker_spec, comm, arena)``,
+    ``memory(device_spec)`` (bytes in use and in all).
     ``preload`` is imported once, in the fork server.
     """
 
@@ -44,6 +45,7 @@ class Entries(msgspec.Struct, frozen=True, kw_only=True):
     store: str = "spanwise.comm.nccl:serve_store"
     comm: str = "spanwise.worker.rank_comm:open_comm"
     runner: str = "spanwise.runner.runner:Runner"
+    memory: str = "spanwise.device.memory:memory_use"
     preload: tuple[str, ...] = ("torch", "transformers")
 
     def import_all(self) -> None:
@@ -51,7 +53,8 @@ class Entries(msgspec.Struct, frozen=True, kw_only=True):
         for module in self.preload:
             importlib.import_module(module)
         set_threads(1)
-        for entry in (self.describe, self.describe_shard, self.load, self.comm, self.runner):
+        used = (self.describe, self.describe_shard, self.load, self.comm, self.runner, self.memory)
+        for entry in used:
             resolve(entry)
 
 

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from spanwise.errors import CommunicationError, SpanwiseError, WorkerError
 from spanwise.types.plan import StepPlan, StepResult
+from spanwise.types.worker import DeviceReading
 from spanwise.worker.channel import Channel, ChannelClosed, encode
 from spanwise.worker.failure import error_of
 from spanwise.worker.messages import Done, Execute, Failed, Ping, Pong, Reply
@@ -54,6 +55,7 @@ class LocalProcessExecutor:
         self._arrived: list[StepResult] = []
         self._failure: SpanwiseError | None = None
         self._heard_at_s = {worker: time.monotonic() for worker in replica.workers}
+        self._readings: dict[RankWorker, DeviceReading] = {}
         self._selector = selectors.EpollSelector()
         for worker in replica.workers:
             self._selector.register(worker.channel, selectors.EVENT_READ, worker)
@@ -65,7 +67,10 @@ class LocalProcessExecutor:
         self._post(encode(Execute(plan)))
 
     def ping(self) -> None:
-        """Have every rank's model thread show that it is not stuck; see ``heard_at_s``."""
+        """Have every rank's model thread show that it is not stuck.
+
+        See ``heard_at_s`` and ``readings``.
+        """
         self._raise_failure()
         self._post(encode(Ping()))
 
@@ -73,6 +78,11 @@ class LocalProcessExecutor:
     def heard_at_s(self) -> Sequence[tuple[str, float]]:
         """Each rank's name, and when (on the monotonic clock) it was last heard of."""
         return [(worker.name, at_s) for worker, at_s in self._heard_at_s.items()]
+
+    @property
+    def readings(self) -> Sequence[DeviceReading | None]:
+        """Of each rank's device, what the last answer to a ping said; None before the first."""
+        return [self._readings.get(worker) for worker in self._replica.workers]
 
     def _post(self, frame: bytes) -> None:
         for worker in self._replica.workers:
@@ -136,6 +146,7 @@ class LocalProcessExecutor:
                 return
             self._heard_at_s[worker] = time.monotonic()
             if isinstance(reply, Pong):
+                self._readings[worker] = reply.reading
                 continue
             assert isinstance(reply, Done), reply
             step = self._in_flight.popleft()

@@ -9,7 +9,7 @@ import msgspec
 
 from spanwise.types.model import ModelFacts
 from spanwise.types.plan import StepPlan, StepResult
-from spanwise.types.worker import ShardInfo, ShardSpec, WorkerSpec
+from spanwise.types.worker import DeviceReading, ShardInfo, ShardSpec, WorkerSpec
 
 
 class Describe(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -59,6 +59,8 @@ class Ping(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 class Pong(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """The answer, once every plan sent before the ``Ping`` has been run."""
+
+    reading: DeviceReading
 
 
 class Forked(msgspec.Struct, frozen=True, array_like=True, tag=True):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Sequence
+from functools import partial
 
 from spanwise.errors import DeviceError
 from spanwise.types.worker import DeviceSpec
 from spanwise.worker.channel import Channel
+from spanwise.worker.device_meter import DeviceMeter
 from spanwise.worker.entries import Entries, LoadedShard, StepRunner, resolve, set_threads
 from spanwise.worker.failure import reported
 from spanwise.worker.messages import Command, Done, Execute, Ping, Pong, Ready, RunWorker
@@ -34,16 +36,18 @@ def run_worker(
         # Last, for joining over NCCL waits for every rank.
         comm = resolve(entries.comm)(segment_fd, job.spec, job.may_spin)
         runner: StepRunner = resolve(entries.runner)(shard, job.spec, comm, arena)
+        meter = DeviceMeter(partial(resolve(entries.memory), job.spec.device))
         channel.send(Ready(shard.info()))
         while True:
             message = channel.receive()
             if isinstance(message, Ping):
-                channel.send(Pong())
+                channel.send(Pong(meter.read()))
                 continue
             assert isinstance(message, Execute)
             plan = message.plan
             where = f"{worker_name(job.spec)} in step {plan.step}"
-            result = runner.execute(plan)
+            with meter:
+                result = runner.execute(plan)
             if result is not None:
                 channel.send(Done(result))
 

@@ -6,11 +6,14 @@ const PATIENCE_MS = 10_000;
 const HISTORY_S = 300;
 const LINE_WINDOW_S = 10;
 const TEXT_WINDOW_S = 60;
+const SHOWN_TIMES = [
+  "time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds",
+];
 const KEY = "spanwise.key";
 const SVG = "http://www.w3.org/2000/svg";
 
 const byId = (id) => document.getElementById(id);
-let samples = []; // {at_s, ...stats}, the oldest first
+let samples = []; // {at_s, ...the engine's counts, those of all replicas together}, oldest first
 let drawnPlan = null;
 let model = null; // what the server calls it
 let rankViews = [];
@@ -39,10 +42,11 @@ function setText(where, text) {
   if (where.textContent !== text) where.textContent = text;
 }
 
-function say(text, isBad = false) {
+// How the server is: "good", "bad", or neither yet.
+function say(text, mood = "") {
   const state = byId("state");
-  setText(state, isBad ? `⚠ ${text}` : `● ${text}`);
-  state.classList.toggle("bad", isBad);
+  setText(state, mood === "bad" ? `⚠ ${text}` : `● ${text}`);
+  state.className = mood;
 }
 
 function fillList(list, pairs) {
@@ -76,6 +80,8 @@ function secondsText(seconds) {
 
 const rateText = (rate) => (rate === null ? "–" : rate >= 10 ? rate.toFixed(0) : rate.toFixed(1));
 const shareText = (part, of) => (of ? `${Math.round((100 * part) / of)}%` : "–");
+const percentText = (share) => (share === null ? "–" : shareText(share, 1));
+const mean = (values) => values.reduce((total, value) => total + value, 0) / values.length;
 
 // --- figures from counts
 
@@ -108,16 +114,40 @@ function quantile(before, now, share) {
 }
 
 function quantileAt(name, place, window_s, share) {
-  return quantile(sampleBefore(place, window_s)[name], samples[place][name], share);
+  const before = sampleBefore(place, window_s).histograms, now = samples[place].histograms;
+  return quantile(before[name], now[name], share);
 }
 
 function sum(stats, name) {
   return stats.replicas.reduce((total, replica) => total + replica[name], 0);
 }
 
+// The histograms of all replicas as one; their buckets are the same.
+function allOf(replicas, name) {
+  const each = replicas.map((replica) => replica.histograms[name]);
+  return [each[0][0], each[0][1].map((_, i) => each.reduce((total, one) => total + one[1][i], 0))];
+}
+
+function sampleOf(status) {
+  const { replicas, devices, num_refused } = status.stats;
+  const finished = {}, histograms = {};
+  for (const replica of replicas) {
+    for (const [reason, count] of Object.entries(replica.finished)) {
+      finished[reason] = (finished[reason] ?? 0) + count;
+    }
+  }
+  for (const name of SHOWN_TIMES) histograms[name] = allOf(replicas, name);
+  return {
+    at_s: status.at_s, devices, finished, histograms, num_refused,
+    replicas: replicas.map(({ histograms: _, ...counts }) => counts),
+    prompt_tokens: sum(status.stats, "prompt_tokens"),
+    generation_tokens: sum(status.stats, "generation_tokens"),
+  };
+}
+
 function remember(status) {
   const last = samples.at(-1);
-  const sample = { ...status.stats, at_s: status.at_s };
+  const sample = sampleOf(status);
   const isNewStart = last && (sample.at_s <= last.at_s
     || sample.generation_tokens < last.generation_tokens
     || sample.replicas.length !== last.replicas.length);
@@ -128,29 +158,36 @@ function remember(status) {
 
 // --- the layout
 
-function barOf(rank, scale) {
+// Rectangles of a bar by their class; each is set as a share of the whole.
+function barOf(...names) {
   const bar = svgElement("svg", {
     class: "bar", viewBox: "0 0 100 10", preserveAspectRatio: "none", "aria-hidden": "true",
   });
-  const weights = (100 * rank.weight_bytes) / scale, cache = (100 * rank.cache_bytes) / scale;
-  const used = svgElement("rect", { class: "used", x: weights, width: 0, height: 10 });
-  bar.append(
-    svgElement("rect", { class: "weights", width: weights, height: 10 }), used,
-    svgElement("rect", { class: "cache", x: weights, width: cache, height: 10 }),
-  );
-  return { bar, setUsed: (share) => used.setAttribute("width", cache * share) };
+  const parts = names.map((name) => svgElement("rect", { class: name, width: 0, height: 10 }));
+  bar.append(...parts);
+  const set = (i, from, width) => {
+    parts[i].setAttribute("x", (100 * from).toFixed(2));
+    parts[i].setAttribute("width", (100 * Math.min(width, 1)).toFixed(2));
+  };
+  return { bar, set };
 }
 
 function rankView(rank, scale) {
   const item = element("li");
-  const { bar, setUsed } = barOf(rank, scale);
-  const cache = element("p"), health = element("p");
+  const load = barOf("load"), memory = barOf("weights", "used", "cache");
+  const weights = rank.weight_bytes / scale, room = rank.cache_bytes / scale;
+  memory.set(0, 0, weights);
+  memory.set(2, weights, room);
+  const figures = element("dl", "", "figures"), health = element("p");
   const lane = rank.place.lane ? `lane ${rank.place.lane}, ` : "";
-  item.append(
-    element("strong", rank.device), element("p", `${lane}rank ${rank.place.tp}`, "quiet"), bar,
-    element("p", `Weights ${bytesText(rank.weight_bytes)}`), cache, health,
-  );
-  return { item, rank, cache, health, setUsed };
+  const head = element("p");
+  head.append(element("strong", rank.device), ` ${lane}rank ${rank.place.tp}`);
+  item.append(head, load.bar, memory.bar, figures, health);
+  return {
+    item, rank, figures, health,
+    setLoad: (share) => load.set(0, 0, share),
+    setUsed: (share) => memory.set(1, weights, room * share),
+  };
 }
 
 function stageView(number, ranks, scale) {
@@ -190,10 +227,15 @@ function drawPlan(plan) {
   byId("replicas").replaceChildren(
     ...[...byReplica].map(([number, own]) => replicaView(number, own, scale)),
   );
-  const idle = plan.idle_devices.length ? `; idle: ${plan.idle_devices.join(", ")}` : "";
-  setText(byId("layout-line"), `${plan.layout}${idle}. ${plan.architecture}, ${plan.dtype}, `
-    + `context ${plan.max_model_len} tokens, cache ${plan.cache_tokens} tokens a replica. `
-    + "Bars: weights (solid), cache (outlined), its part in use (filled).");
+  const idle = plan.idle_devices.length ? [["Idle", plan.idle_devices.join(", ")]] : [];
+  fillList(byId("plan"), [
+    ["Layout", plan.layout], ...idle,
+    ["Model", `${plan.architecture}, ${plan.dtype}`],
+    ["Context", `${plan.max_model_len} tokens`],
+    ["Cache", `${plan.cache_tokens} tokens a replica`],
+  ]);
+  setText(byId("layout-line"), "The bars of a device: its load; below it weights (solid), cache "
+    + "(outlined) and the part of it in use (filled).");
 }
 
 function drawReplicas(stats) {
@@ -214,17 +256,26 @@ function drawReplicas(stats) {
 
 function drawRanks(status) {
   for (const view of rankViews) {
-    const replica = status.stats?.replicas[view.rank.place.dp];
+    const { rank } = view, replica = status.stats?.replicas[rank.place.dp];
+    const device = status.stats?.devices[view.place];
     const share = replica?.num_blocks ? replica.num_used_blocks / replica.num_blocks : 0;
     view.setUsed(share);
-    setText(view.cache, `Cache ${bytesText(view.rank.cache_bytes)}, `
-      + `${Math.round(100 * share)}% in use`);
-    const rank = status.ranks[view.place];
-    const isWell = Boolean(rank?.healthy);
-    setText(view.health, !rank ? "? not heard of" : isWell ? "✓ answers"
-      : `⚠ silent for ${secondsText(rank.age_s)}`);
-    view.health.classList.toggle("bad", Boolean(rank) && !isWell);
+    view.setLoad(device?.utilization ?? 0);
+    fillList(view.figures, [
+      ["Load", device ? shareText(device.utilization, 1) : "–"],
+      ["Weights", bytesText(rank.weight_bytes)],
+      ["Cache", `${bytesText(rank.cache_bytes)}, ${shareText(share, 1)} in use`],
+      ["Memory", device ? `${bytesText(device.memory_used_bytes)} of `
+        + bytesText(device.memory_total_bytes) : "–"],
+    ]);
+    drawHealth(view.health, status.ranks[view.place]);
   }
+}
+
+function drawHealth(where, rank) {
+  setText(where, !rank ? "? not heard of" : rank.healthy ? "✓ answers"
+    : `⚠ silent for ${secondsText(rank.age_s)}`);
+  where.classList.toggle("bad", Boolean(rank) && !rank.healthy);
 }
 
 // --- the lines
@@ -238,10 +289,15 @@ const percentiles = (name) => ({
   keys: "solid p50, dashed p95",
 });
 
+function loadAt(place, of) {
+  const { devices } = samples[place];
+  return devices.length ? of(devices.map((device) => device.utilization)) : null;
+}
+
 const CHARTS = [
-  { title: "Time to first token", ...percentiles("time_to_first_token_s") },
-  { title: "Between tokens", ...percentiles("inter_token_latency_s") },
-  { title: "End to end", ...percentiles("e2e_latency_s") },
+  { title: "Time to first token", ...percentiles("time_to_first_token_seconds") },
+  { title: "Between tokens", ...percentiles("inter_token_latency_seconds") },
+  { title: "End to end", ...percentiles("e2e_request_latency_seconds") },
   {
     title: "Tokens per second",
     lines: ["generation_tokens", "prompt_tokens"].map(
@@ -249,7 +305,7 @@ const CHARTS = [
     ),
     text(i) { return `${rateText(this.lines[0](i))} generated, ${rateText(this.lines[1](i))} of prompts`; },
     top: rateText,
-    keys: "solid generated, dashed prompts",
+    keys: "solid output, dashed prompts",
   },
   {
     title: "Queues",
@@ -258,20 +314,45 @@ const CHARTS = [
     top: String,
     keys: "solid running, dashed waiting",
   },
+  {
+    title: "Device load",
+    lines: [mean, (values) => Math.max(...values)].map((of) => (i) => loadAt(i, of)),
+    text(i) { return `${percentText(this.lines[0](i))} on average, ${percentText(this.lines[1](i))} at most`; },
+    top: percentText,
+    keys: "solid mean, dashed busiest",
+    highest: 1,
+  },
+  {
+    title: "KV cache in use",
+    lines: [(i) => mean(samples[i].replicas.map((r) => r.num_used_blocks / (r.num_blocks || 1)))],
+    text(i) { return percentText(this.lines[0](i)); },
+    top: percentText,
+    keys: "mean of the replicas",
+    highest: 1,
+  },
 ];
 
 function buildChart(chart) {
   const figure = element("figure"), caption = element("figcaption");
-  chart.now = element("span");
-  chart.key = element("span", "", "quiet");
+  const plot = element("div", "", "plot"), axis = element("div", "", "axis");
+  for (const name of ["now", "key", "high", "since"]) chart[name] = element("span");
   const svg = svgElement("svg", {
     class: "chart", viewBox: "0 0 300 60", preserveAspectRatio: "none", "aria-hidden": "true",
   });
   chart.paths = chart.lines.map(() => svgElement("path", { d: "" }));
   svg.append(...chart.paths);
-  caption.append(element("strong", chart.title), chart.now, element("br"), chart.key);
-  figure.append(caption, svg);
+  plot.append(svg, chart.high);
+  setText(chart.key, chart.keys);
+  axis.append(chart.since, chart.key, element("span", "now"));
+  caption.append(element("strong", chart.title), chart.now);
+  figure.append(caption, plot, axis);
   return figure;
+}
+
+// How much time the charts span: it grows with what is known.
+function span_s() {
+  const known_s = samples.at(-1).at_s - samples[0].at_s;
+  return [60, 120, HISTORY_S].find((each) => known_s <= each) ?? HISTORY_S;
 }
 
 // A value that is not there leaves a gap.
@@ -281,7 +362,7 @@ function pathOf(values, top) {
   values.forEach((value, i) => {
     const isThere = value !== null && Number.isFinite(value);
     if (isThere) {
-      const x = HISTORY_S - (end_s - samples[i].at_s), y = 58 - (56 * value) / top;
+      const x = 300 * (1 - (end_s - samples[i].at_s) / span_s()), y = 58 - (56 * value) / top;
       path += `${isDown ? "L" : "M"}${x.toFixed(1)} ${y.toFixed(1)}`;
       if (!isDown) path += "h.01";
     }
@@ -292,16 +373,18 @@ function pathOf(values, top) {
 
 function drawChart(chart) {
   const lines = chart.lines.map((line) => samples.map((_, i) => line(i)));
-  const highest = Math.max(0, ...lines.flat().filter(Number.isFinite));
+  const highest = chart.highest ?? Math.max(0, ...lines.flat().filter(Number.isFinite));
   chart.paths.forEach((path, i) => path.setAttribute("d", pathOf(lines[i], highest || 1)));
   setText(chart.now, chart.text(samples.length - 1));
-  setText(chart.key, `${chart.keys}; top: ${highest ? chart.top(highest) : "–"}`);
+  setText(chart.high, highest ? chart.top(highest) : "");
+  setText(chart.since, `${span_s() / 60} min ago`);
 }
 
 function drawStats(stats) {
   drawReplicas(stats);
   CHARTS.forEach(drawChart);
-  const ended = Object.entries(stats.finished).sort();
+  const { finished } = samples.at(-1);
+  const ended = Object.entries(finished).sort();
   fillList(byId("outcomes"), [
     ...ended.map(([reason, count]) => [reason, String(count)]),
     ["refused for want of room", String(stats.num_refused)],
@@ -337,11 +420,12 @@ function draw(status) {
   setText(byId("model"), `${status.model ?? ""} · version ${status.version}`);
   byId("send").disabled = !status.ready || answering !== null;
   if (!status.ready) {
-    say(status.phase === "failed" ? "The engine does not run; the server's log says why"
-      : `Loading: ${status.phase}`, status.phase === "failed");
+    if (status.phase === "failed") say("The engine does not run; the server's log says why", "bad");
+    else say(`Loading: ${status.phase}`);
     return;
   }
-  say(status.healthy ? "Running" : "Not every part of the engine answers", !status.healthy);
+  if (status.healthy) say("Running", "good");
+  else say("Not every part of the engine answers", "bad");
   model = status.model;
   drawPlan(status.plan);
   if (status.stats) {
@@ -363,11 +447,11 @@ function onPollError(error) {
   byId("send").disabled = true;
   if (error.status === 401) {
     askForKey(true);
-    say(sessionStorage.getItem(KEY) ? "The key is not accepted" : "A key is needed", true);
+    say(sessionStorage.getItem(KEY) ? "The key is not accepted" : "A key is needed", "bad");
   } else if (error instanceof Refusal) {
-    say(error.message, true);
+    say(error.message, "bad");
   } else {
-    say("The server does not answer; asking again", true);
+    say("The server does not answer; asking again", "bad");
   }
 }
 

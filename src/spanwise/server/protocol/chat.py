@@ -9,7 +9,7 @@ from pydantic import Field, StringConstraints
 from spanwise.server.errors import bad_request
 from spanwise.server.limits import MAX_INPUTS, MAX_LOGPROBS, MAX_TEMPLATE_CHARACTERS
 from spanwise.server.protocol.constraint import ConstraintFields
-from spanwise.server.protocol.messages import Messages
+from spanwise.server.protocol.messages import Content, Messages
 from spanwise.server.protocol.sampling import (
     ChoicesFields,
     MaxTokens,
@@ -65,7 +65,7 @@ class PredictedContent(Strict):
     """What the answer will probably be. It may speed an answer up, and changes none."""
 
     type: Literal["content"]
-    content: str | list[JsonObject]
+    content: Content
 
 
 class ChatRequest(

@@ -6,13 +6,13 @@ import re
 from typing import Annotated, Any, Literal
 
 import msgspec
-from pydantic import Field, StringConstraints, Tag, model_validator
+from pydantic import ConfigDict, Field, StringConstraints, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from spanwise.server.errors import bad_request
 from spanwise.server.limits import MAX_CONSTRAINT_CHARACTERS, MAX_NAME_CHARACTERS, MAX_OPTIONS
 from spanwise.server.protocol.forms import OBJECT, TEXT, by, text_or_object
-from spanwise.server.protocol.strict import JsonObject, Strict, Unsupported
+from spanwise.server.protocol.strict import JsonObject, Strict, Unsupported, only_one
 from spanwise.types.sampling import Grammar
 
 ANY_OBJECT = Grammar("json_schema", '{"type":"object"}')
@@ -49,9 +49,15 @@ class TextFormat(Strict):
 
 
 class JsonObjectFormat(Strict):
-    """Any JSON object."""
+    """Any JSON object; one that fits the schema ``value``, as huggingface_hub says it."""
 
     type: Literal["json_object"]
+    value: JsonObject | None = None
+
+    @property
+    def grammar(self) -> Grammar:
+        """What it stands for."""
+        return ANY_OBJECT if self.value is None else schema_grammar(self.value)
 
 
 class JsonSchemaFormat(Strict):
@@ -71,6 +77,8 @@ ResponseFormat = Annotated[
 
 class StructuredOutputs(Strict):
     """Exactly one constraint, in vLLM's words: ``grammar`` is a Lark grammar."""
+
+    model_config = ConfigDict(json_schema_extra=only_one(*_CONSTRAINTS))
 
     json_: Annotated[
         Annotated[
@@ -143,7 +151,7 @@ def format_grammar(wanted: TextFormat | JsonObjectFormat | JsonSchemaFormat | No
     """The grammar of a response format; None for plain text."""
     match wanted:
         case JsonObjectFormat():
-            return ANY_OBJECT
+            return wanted.grammar
         case JsonSchemaFormat():
             return wanted.json_schema.grammar
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -13,6 +14,8 @@ from spanwise.server.limits import MAX_ERRORS
 from spanwise.server.protocol.strict import Strict
 
 Body = TypeVar("Body", bound=Strict)
+
+_EXACT = 2**53  # up to here a float is one whole number, and no other
 
 _UNKNOWN = "unknown_parameter"
 _CODES = {"extra_forbidden": _UNKNOWN, "unsupported": "unsupported_parameter"}
@@ -26,7 +29,7 @@ def decode(model: type[Body], raw: bytes) -> Body:
     if not raw:
         raise bad_request("the body is empty; send a JSON object", code="invalid_json")
     try:
-        data = msgspec.json.decode(raw)
+        data = _DECODER.decode(raw)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise bad_request(cut(f"the body is not JSON: {error}"), code="invalid_json") from error
     except RecursionError as error:
@@ -39,6 +42,17 @@ def decode(model: type[Body], raw: bytes) -> Body:
         return model.model_validate(data)
     except ValidationError as error:
         raise _refusal(error) from error
+
+
+def _number(text: str) -> float:
+    """A number with a point or an exponent. For JSON 7.0 is an integer, and for JSON Schema too."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError("number out of range")
+    return int(value) if value.is_integer() and abs(value) <= _EXACT else value
+
+
+_DECODER = msgspec.json.Decoder(float_hook=_number)
 
 
 def _refusal(error: ValidationError) -> ApiError:

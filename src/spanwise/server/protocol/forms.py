@@ -54,7 +54,7 @@ def by(field: str, names: tuple[str, ...], other: str | None = None) -> Discrimi
     """``<name>``, as an object's field says; ``other`` is the tag of names not among these."""
 
     def form(value: Any) -> str | None:
-        name = value.get(field, other) if isinstance(value, dict) else None
+        name = value.get(field) if isinstance(value, dict) else None
         if name in names:
             return f"<{name}>"
         return other if isinstance(name, str) else None

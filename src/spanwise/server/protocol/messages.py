@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import msgspec
 from pydantic import ConfigDict, Field, Tag, model_validator
@@ -11,15 +12,22 @@ from pydantic_core import PydanticCustomError
 
 from spanwise.server.limits import MAX_CALLS, MAX_MESSAGES, MAX_PARTS
 from spanwise.server.protocol.forms import LIST, TEXT, by, text_or_list
-from spanwise.server.protocol.strict import JsonObject, Name, Strict, Unsupported, is_deep
+from spanwise.server.protocol.strict import (
+    NOT_NULL,
+    JsonObject,
+    Name,
+    Strict,
+    Unsupported,
+    given,
+    is_deep,
+)
 
-_MEDIA = "<media>"
+MEDIA = "<media>"
 
 
-class TextPart(Strict):
-    """A stretch of text."""
+class TextFields(Strict):
+    """A stretch of text, whatever an API calls its type."""
 
-    type: Literal["text"]
     text: str
     prompt_cache_breakpoint: JsonObject | None = None
 
@@ -27,6 +35,12 @@ class TextPart(Strict):
     def said(self) -> str:
         """The text."""
         return self.text
+
+
+class TextPart(TextFields):
+    """A stretch of text."""
+
+    type: Literal["text"]
 
 
 class RefusalPart(Strict):
@@ -57,11 +71,19 @@ class MediaPart(Strict):
         )
 
 
+class SomePart(Protocol):
+    """A part of some content."""
+
+    @property
+    def said(self) -> str:
+        """The text."""
+
+
 Part = Annotated[
     Annotated[TextPart, Tag("<text>")]
     | Annotated[RefusalPart, Tag("<refusal>")]
-    | Annotated[MediaPart, Tag(_MEDIA)],
-    by("type", ("text", "refusal"), other=_MEDIA),
+    | Annotated[MediaPart, Tag(MEDIA)],
+    by("type", ("text", "refusal"), other=MEDIA),
 ]
 Parts = Annotated[list[Part], Field(fail_fast=True, min_length=1, max_length=MAX_PARTS)]
 Content = Annotated[
@@ -71,10 +93,15 @@ Content = Annotated[
 
 
 class CalledFunction(Strict):
-    """What was called; ``arguments`` is JSON, as the model wrote it."""
+    """What was called; ``arguments`` is JSON, as the model wrote it.
+
+    ``parsed_arguments`` is what OpenAI's client made of it, and sends back with it.
+    """
 
     name: str
     arguments: str
+    parsed_arguments: JsonObject | None = None
+    description: Annotated[object, Unsupported()] = None  # huggingface_hub sends its nulls back
 
 
 class Call(Strict):
@@ -112,6 +139,16 @@ class UserMessage(Strict):
 class AssistantMessage(Strict):
     """What the model said or called earlier."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                given(content=NOT_NULL),
+                given(refusal=NOT_NULL),
+                given(tool_calls={"type": "array", "minItems": 1}),
+            ]
+        }
+    )
+
     role: Literal["assistant"]
     content: Content | None = None
     name: Name | None = None
@@ -122,6 +159,10 @@ class AssistantMessage(Strict):
     annotations: Annotated[list[JsonObject] | None, Field(fail_fast=True, max_length=MAX_PARTS)] = (
         None
     )
+    # What OpenAI's client made of the content, what LiteLLM noted: sent back with the message.
+    parsed: JsonObject | None = None
+    provider_specific_fields: JsonObject | None = None
+    tool_call_id: Annotated[object, Unsupported()] = None
     audio: Annotated[object, Unsupported()] = None
     function_call: Annotated[object, Unsupported()] = None
 
@@ -183,7 +224,7 @@ def template_message(message: Message, style: TemplateStyle) -> dict[str, Any]:
     """A message as chat templates read it: content in one text."""
     written: dict[str, Any] = {
         "role": style.role(message.role),
-        "content": _text(message.content),
+        "content": None if message.content is None else said(message.content),
     }
     if message.name is not None:
         written["name"] = message.name
@@ -202,7 +243,6 @@ def template_message(message: Message, style: TemplateStyle) -> dict[str, Any]:
     return written
 
 
-def _text(content: str | list[Part] | None) -> str | None:
-    if content is None or isinstance(content, str):
-        return content
-    return "\n".join(part.said for part in content)
+def said(content: str | Sequence[SomePart]) -> str:
+    """Content in one text."""
+    return content if isinstance(content, str) else "\n".join(part.said for part in content)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, StringConstraints, Tag, model_validator
 from pydantic_core import PydanticCustomError
@@ -15,7 +15,7 @@ from spanwise.server.protocol.constraint import (
     TextFormat,
 )
 from spanwise.server.protocol.forms import LIST, OBJECT, TEXT, by, text_or_list, text_or_object
-from spanwise.server.protocol.messages import RefusalPart
+from spanwise.server.protocol.messages import MEDIA, MediaPart, RefusalPart, TextFields
 from spanwise.server.protocol.sampling import (
     MaxTokens,
     RequestFields,
@@ -47,7 +47,6 @@ class Other(Strict):
     model_config = ConfigDict(json_schema_extra={"not": {}})
 
     type: str
-    said: ClassVar[str]
 
     @model_validator(mode="before")
     @classmethod
@@ -57,17 +56,10 @@ class Other(Strict):
         )
 
 
-class InputText(Strict):
+class InputText(TextFields):
     """A stretch of text."""
 
     type: Literal["input_text"]
-    text: str
-    prompt_cache_breakpoint: JsonObject | None = None
-
-    @property
-    def said(self) -> str:
-        """The text."""
-        return self.text
 
 
 class GivenText(Strict):
@@ -90,8 +82,8 @@ InputPart = Annotated[
     Annotated[InputText, Tag("<input_text>")]
     | Annotated[GivenText, Tag("<output_text>")]
     | Annotated[RefusalPart, Tag("<refusal>")]
-    | Annotated[Other, Tag(_OTHER)],
-    by("type", ("input_text", "output_text", "refusal"), other=_OTHER),
+    | Annotated[MediaPart, Tag(MEDIA)],
+    by("type", ("input_text", "output_text", "refusal"), other=MEDIA),
 ]
 InputContent = Annotated[
     Annotated[str, Tag(TEXT)]
@@ -137,7 +129,9 @@ class InputCallOutput(Strict):
 def _item_form(value: Any) -> str | None:
     if not isinstance(value, dict):
         return None
-    kind = value.get("type", "message" if "role" in value else None)
+    kind = value.get("type")
+    if kind is None and "role" in value:
+        kind = "message"
     if kind in ("message", "function_call", "function_call_output"):
         return f"<{kind}>"
     return _OTHER if isinstance(kind, str) else None

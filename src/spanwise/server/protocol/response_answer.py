@@ -193,3 +193,16 @@ class ErrorEvent(msgspec.Struct, frozen=True, kw_only=True):
     message: str
     param: str | None
     error: dict[str, str | None]
+
+
+EVENTS = (
+    ResponseEvent,
+    ItemEvent,
+    PartEvent,
+    TextDelta,
+    TextDone,
+    ArgumentsDelta,
+    ArgumentsDone,
+    ErrorEvent,
+)
+"""All that a streamed response consists of."""

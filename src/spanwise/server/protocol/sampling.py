@@ -23,7 +23,7 @@ from spanwise.server.limits import (
 from spanwise.server.protocol.forms import LIST, TEXT, text_or_list
 from spanwise.server.protocol.strict import Count, Name, Natural, Strict, TokenId, Unsupported
 
-_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
+_TOKEN_ID = "^(0|[1-9][0-9]{0,9})$"
 
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 StopStrings = Annotated[list[StopString], Field(fail_fast=True, max_length=MAX_STOP_STRINGS)]
@@ -44,9 +44,19 @@ def _biases(value: Any) -> Any:
     if len(value) > MAX_BIASES:
         raise PydanticCustomError("too_long", f"Object should have at most {MAX_BIASES} fields")
     for key in value:
-        if not (isinstance(key, str) and _TOKEN_ID.fullmatch(key)):
+        if not (isinstance(key, str) and re.fullmatch(_TOKEN_ID, key)):
             raise PydanticCustomError("token_id", 'Keys should be token ids, like "50256"')
     return value
+
+
+Biases = Annotated[
+    dict[str, Bias],
+    BeforeValidator(_biases),
+    Field(
+        description="Token ids, as text, and what is added to their logits.",
+        json_schema_extra={"propertyNames": {"pattern": _TOKEN_ID}, "maxProperties": MAX_BIASES},
+    ),
+]
 
 
 class SamplingFields(Strict):
@@ -60,11 +70,7 @@ class SamplingFields(Strict):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float | None, Field(gt=0, le=100)] = None
-    logit_bias: Annotated[
-        dict[str, Bias] | None,
-        BeforeValidator(_biases),
-        Field(description="Token ids, as text, and what is added to their logits."),
-    ] = None
+    logit_bias: Biases | None = None
 
     stop: Stop | None = None
     stop_token_ids: Annotated[
@@ -76,7 +82,7 @@ class SamplingFields(Strict):
 
     # -- known elsewhere, and not here
     use_beam_search: Annotated[object, Unsupported(False)] = None
-    length_penalty: Annotated[object, Unsupported(1.0, 1)] = None
+    length_penalty: Annotated[object, Unsupported(1)] = None
     include_stop_str_in_output: Annotated[object, Unsupported(False)] = None
     spaces_between_special_tokens: Annotated[object, Unsupported(True)] = None
     truncate_prompt_tokens: Annotated[object, Unsupported()] = None

@@ -32,6 +32,8 @@ from spanwise.server.limits import (
     MAX_NAME_CHARACTERS,
 )
 
+NOT_NULL: JsonSchemaValue = {"not": {"type": "null"}}
+
 
 class Strict(BaseModel):
     """A record of a request. Nothing is converted, nothing unknown passes."""
@@ -71,6 +73,19 @@ class Unsupported:
         raise PydanticCustomError(
             "unsupported", "is not supported; {advice}", {"advice": self._advice}
         )
+
+
+def given(**fields: JsonSchemaValue) -> JsonSchemaValue:
+    """The JSON schema of objects that have these fields."""
+    return {"required": [*fields], "properties": fields}
+
+
+def only_one(*names: str) -> JsonSchemaValue:
+    """The JSON schema of objects that have one of these fields; one that is null is left out."""
+    others: JsonSchemaValue = {name: {"type": "null"} for name in names}
+    return {
+        "anyOf": [{"required": [name], "properties": {**others, name: NOT_NULL}} for name in names]
+    }
 
 
 def is_deep(value: Any) -> bool:

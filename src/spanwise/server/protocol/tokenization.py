@@ -5,18 +5,28 @@ from __future__ import annotations
 from typing import Annotated
 
 import msgspec
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from spanwise.server.errors import bad_request
 from spanwise.server.limits import MAX_PROMPT_TOKENS
 from spanwise.server.protocol.chat import TemplateFields
 from spanwise.server.protocol.messages import Messages
-from spanwise.server.protocol.strict import Strict, TokenId
+from spanwise.server.protocol.strict import Strict, TokenId, only_one
 from spanwise.server.protocol.tools import Tools
+
+_OF_CONVERSATIONS = (
+    "tools",
+    "chat_template",
+    "chat_template_kwargs",
+    "add_generation_prompt",
+    "continue_final_message",
+)
 
 
 class TokenizeRequest(TemplateFields, Strict):
     """A text or a conversation, in vLLM's words."""
+
+    model_config = ConfigDict(json_schema_extra=only_one("prompt", "messages"))
 
     model: str | None = None
     prompt: str | None = None
@@ -30,8 +40,7 @@ class TokenizeRequest(TemplateFields, Strict):
             raise bad_request("exactly one of prompt and messages is required", "prompt")
         if self.messages is not None:
             return
-        for name in ("tools", "chat_template", "chat_template_kwargs", "add_generation_prompt",
-                     "continue_final_message"):  # fmt: skip
+        for name in _OF_CONVERSATIONS:
             if getattr(self, name) is not None:
                 raise bad_request(f"{name} needs messages; leave it out", name)
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from starlette.responses import Response
 
-from spanwise.server.answers import EventStream, json_answer
-from spanwise.server.asking import engine_request, error_event, sampling_params
+from spanwise.server.asking import (
+    engine_request,
+    error_event,
+    give,
+    open_generation,
+    sampling_params,
+)
 from spanwise.server.chat_answer import ChatAnswer
 from spanwise.server.conversation import Conversation, Plan, plan_conversation, style_of
 from spanwise.server.exchange import Exchange
-from spanwise.server.generation import Generation
 from spanwise.server.protocol.chat import ChatRequest
 from spanwise.server.protocol.messages import template_message
 from spanwise.server.protocol.tools import as_given
@@ -21,17 +25,19 @@ async def chat_completions(service: Service, exchange: Exchange) -> Response:
     body = await exchange.read(ChatRequest)
     body.check()
     service.check_model(body.model)
-    return await exchange.unless_gone(_answer(service, exchange, body))
+    return await exchange.until_done(_answer(service, exchange, body))
 
 
 async def _answer(service: Service, exchange: Exchange, body: ChatRequest) -> Response:
     plan = await _plan(service, exchange, body)
-    generation = await Generation.open(service.engine, [plan.request])
+    generation = await open_generation(service, exchange, [plan.request], exchange.resume)
     answer = ChatAnswer(service, body, plan, generation)
-    if not body.stream:
-        return json_answer(await answer.whole())
-    return await EventStream.begin(
-        answer.events(), abort=generation.abort, error_event=error_event(service, exchange)
+    return await give(
+        exchange,
+        generation,
+        answer,
+        stream=bool(body.stream),
+        error_event=error_event(service, exchange),
     )
 
 

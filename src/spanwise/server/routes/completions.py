@@ -7,12 +7,13 @@ from typing import Any
 import msgspec
 from starlette.responses import Response
 
-from spanwise.server.answers import EventStream, json_answer
 from spanwise.server.asking import (
     check_prompts,
     engine_prompt,
     engine_request,
     error_event,
+    give,
+    open_generation,
     sampling_params,
 )
 from spanwise.server.completion_answer import CompletionAnswer
@@ -31,7 +32,7 @@ async def completions(service: Service, exchange: Exchange) -> Response:
     body = await exchange.read(CompletionRequest)
     body.check()
     service.check_model(body.model)
-    return await exchange.unless_gone(_answer(service, exchange, body))
+    return await exchange.until_done(_answer(service, exchange, body))
 
 
 async def _answer(service: Service, exchange: Exchange, body: CompletionRequest) -> Response:
@@ -41,17 +42,19 @@ async def _answer(service: Service, exchange: Exchange, body: CompletionRequest)
     await check_prompts(service, prompts, "prompt")
     template = engine_request(service, exchange, body, _params(service, body))
     requests = [_request(template, body, prompt) for prompt in prompts]
-    generation = await Generation.open(service.engine, requests)
+    generation = await open_generation(service, exchange, requests, exchange.resume)
     try:
         echoes = await _echoes(service, body, prompts, generation)
     except BaseException:
         generation.abort()
         raise
     answer = CompletionAnswer(service, body, generation, echoes)
-    if not body.stream:
-        return json_answer(await answer.whole())
-    return await EventStream.begin(
-        answer.events(), abort=generation.abort, error_event=error_event(service, exchange)
+    return await give(
+        exchange,
+        generation,
+        answer,
+        stream=bool(body.stream),
+        error_event=error_event(service, exchange),
     )
 
 

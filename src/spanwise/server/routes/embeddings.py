@@ -13,10 +13,14 @@ import msgspec
 from starlette.responses import Response
 
 from spanwise.server.answers import json_answer
-from spanwise.server.asking import check_prompts, engine_prompt, engine_request
+from spanwise.server.asking import (
+    check_prompts,
+    engine_prompt,
+    engine_request,
+    open_generation,
+)
 from spanwise.server.errors import timed_out
 from spanwise.server.exchange import Exchange
-from spanwise.server.generation import Generation
 from spanwise.server.protocol.embedding import EmbeddingRequest
 from spanwise.server.protocol.embedding_answer import Embedding, Embeddings
 from spanwise.server.protocol.prompts import each_prompt
@@ -49,17 +53,19 @@ async def _answer(service: Service, exchange: Exchange, body: EmbeddingRequest) 
 
     async def embed(request: EngineRequest) -> tuple[Sequence[float], int]:
         async with room:
-            return await _vector(service, request)
+            return await _vector(service, exchange, request)
 
     work = [
         asyncio.create_task(
             embed(
                 msgspec.structs.replace(
-                    template, prompt=engine_prompt(each, body.add_special_tokens)
+                    template,
+                    prompt=engine_prompt(each, body.add_special_tokens),
+                    is_further=place > 0,
                 )
             )
         )
-        for each in inputs
+        for place, each in enumerate(inputs)
     ]
     try:
         found = await asyncio.gather(*work)
@@ -76,9 +82,11 @@ async def _answer(service: Service, exchange: Exchange, body: EmbeddingRequest) 
     )
 
 
-async def _vector(service: Service, request: EngineRequest) -> tuple[Sequence[float], int]:
+async def _vector(
+    service: Service, exchange: Exchange, request: EngineRequest
+) -> tuple[Sequence[float], int]:
     """The vector of one input, and how many tokens it has."""
-    generation = await Generation.open(service.engine, [request])
+    generation = await open_generation(service, exchange, [request])
     try:
         async with aclosing(generation.news()) as all_news:
             async for _, news in all_news:

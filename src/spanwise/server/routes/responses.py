@@ -8,18 +8,15 @@ from typing import Any
 from starlette.responses import Response
 
 from spanwise.errors import SpanwiseError
-from spanwise.server.answers import EventStream, json_answer
-from spanwise.server.asking import engine_request, sampling_params
+from spanwise.server.asking import engine_request, give, open_generation, sampling_params
 from spanwise.server.conversation import Conversation, Plan, plan_conversation, style_of
 from spanwise.server.errors import api_error
 from spanwise.server.exchange import Exchange
-from spanwise.server.generation import Generation
-from spanwise.server.protocol.constraint import ANY_OBJECT, JsonObjectFormat
-from spanwise.server.protocol.messages import TemplateStyle
+from spanwise.server.protocol.constraint import JsonObjectFormat
+from spanwise.server.protocol.messages import TemplateStyle, said
 from spanwise.server.protocol.response import (
     InputCall,
     InputCallOutput,
-    InputContent,
     InputItem,
     InputMessage,
     ResponseRequest,
@@ -37,18 +34,18 @@ async def responses(service: Service, exchange: Exchange) -> Response:
     body = await exchange.read(ResponseRequest)
     body.check()
     service.check_model(body.model)
-    return await exchange.unless_gone(_answer(service, exchange, body))
+    return await exchange.until_done(_answer(service, exchange, body))
 
 
 async def _answer(service: Service, exchange: Exchange, body: ResponseRequest) -> Response:
     plan = await _plan(service, exchange, body)
-    generation = await Generation.open(service.engine, [plan.request])
+    generation = await open_generation(service, exchange, [plan.request], exchange.resume)
     answer = ResponseAnswer(service, body, plan, generation)
-    if not body.stream:
-        return json_answer(await answer.whole())
-    return await EventStream.begin(
-        answer.events(),
-        abort=generation.abort,
+    return await give(
+        exchange,
+        generation,
+        answer,
+        stream=bool(body.stream),
         error_event=_error_event(service, exchange, answer),
     )
 
@@ -84,10 +81,8 @@ async def _plan(service: Service, exchange: Exchange, body: ResponseRequest) -> 
 
 def _constraint(body: ResponseRequest) -> Grammar | None:
     match body.text.format if body.text else None:
-        case JsonObjectFormat():
-            return ANY_OBJECT
-        case TextSchemaFormat() as schema:
-            return schema.grammar
+        case (JsonObjectFormat() | TextSchemaFormat()) as wanted:
+            return wanted.grammar
     return None
 
 
@@ -128,11 +123,7 @@ def _add(messages: list[dict[str, Any]], item: InputItem, style: TemplateStyle) 
             call = style.call(item.call_id, item.name, item.arguments)
             messages[-1].setdefault("tool_calls", []).append(call)
         case InputCallOutput():
-            output = {"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)}
+            output = {"role": "tool", "tool_call_id": item.call_id, "content": said(item.output)}
             messages.append(output)
         case InputMessage():
-            messages.append({"role": style.role(item.role), "content": _text(item.content)})
-
-
-def _text(content: InputContent) -> str:
-    return content if isinstance(content, str) else "\n".join(part.said for part in content)
+            messages.append({"role": style.role(item.role), "content": said(item.content)})

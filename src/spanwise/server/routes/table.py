@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import msgspec
 from starlette.responses import Response
 
+from spanwise.server.errors import ErrorAnswer
 from spanwise.server.exchange import Exchange
 from spanwise.server.page.status import ServerStatus, status
 from spanwise.server.protocol.chat import ChatRequest
@@ -24,6 +25,7 @@ from spanwise.server.protocol.model import (
     Version,
 )
 from spanwise.server.protocol.response import ResponseRequest
+from spanwise.server.protocol.response_answer import EVENTS as RESPONSE_EVENTS
 from spanwise.server.protocol.response_answer import Response as ResponseObject
 from spanwise.server.protocol.strict import Strict
 from spanwise.server.protocol.tokenization import (
@@ -42,6 +44,8 @@ from spanwise.server.routes.responses import responses
 from spanwise.server.routes.tokenization import detokenize, tokenize, tokenizer_info
 from spanwise.server.service import Service
 
+_DONE = "[DONE]"
+
 Handler = Callable[[Service, Exchange], Awaitable[Response]]
 
 
@@ -49,7 +53,8 @@ Handler = Callable[[Service, Exchange], Awaitable[Response]]
 class RouteSpec:
     """One route. ``answer`` None: it answers in text that is no JSON.
 
-    ``events``: what a streamed answer consists of, where there may be one.
+    ``events``: what the data of a streamed answer's events may be, where there may be one: the
+    JSON of a record, or a text. ``computes``: it needs a place in the engine.
     """
 
     path: str
@@ -57,7 +62,8 @@ class RouteSpec:
     summary: str
     answer: type[msgspec.Struct] | None
     body: type[Strict] | None = None
-    events: type[msgspec.Struct] | None = None
+    events: tuple[type[msgspec.Struct] | str, ...] = ()
+    computes: bool = False
 
     @property
     def method(self) -> str:
@@ -72,10 +78,17 @@ ROUTES = (
         "Answer a conversation",
         ChatCompletion,
         ChatRequest,
-        ChatChunk,
+        (ChatChunk, ErrorAnswer, _DONE),
+        computes=True,
     ),
     RouteSpec(
-        "/v1/completions", completions, "Complete texts", Completion, CompletionRequest, Completion
+        "/v1/completions",
+        completions,
+        "Complete texts",
+        Completion,
+        CompletionRequest,
+        (Completion, ErrorAnswer, _DONE),
+        computes=True,
     ),
     RouteSpec(
         "/v1/responses",
@@ -83,9 +96,12 @@ ROUTES = (
         "Respond to an input",
         ResponseObject,
         ResponseRequest,
-        ResponseObject,
+        RESPONSE_EVENTS,
+        computes=True,
     ),
-    RouteSpec("/v1/embeddings", embeddings, "Make vectors", Embeddings, EmbeddingRequest),
+    RouteSpec(
+        "/v1/embeddings", embeddings, "Make vectors", Embeddings, EmbeddingRequest, computes=True
+    ),
     RouteSpec("/v1/models", list_models, "List the model's names", ModelList),
     RouteSpec("/v1/models/{model:path}", show_model, "Show one name", Model),
     RouteSpec("/tokenize", tokenize, "Make tokens", Tokens, TokenizeRequest),

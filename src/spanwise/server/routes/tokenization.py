@@ -21,6 +21,7 @@ from spanwise.server.protocol.tokenization import (
 from spanwise.server.protocol.tools import as_given
 from spanwise.server.service import Service
 from spanwise.server.token_text import TokenText
+from spanwise.server.tools.tool import read_tools
 
 
 async def tokenize(service: Service, exchange: Exchange) -> Response:
@@ -52,6 +53,7 @@ async def _prompt(service: Service, body: TokenizeRequest) -> dict[str, Any]:
         return {"prompt": body.prompt, "add_special_tokens": body.add_special_tokens}
     keys = body.template_keys(service.options.trust_request_chat_template)
     tools = None if body.tools is None else [as_given(tool) for tool in body.tools]
+    read_tools(tools)  # refuses what a chat with them would be refused for
     template = body.chat_template or await service.template(bool(tools))
     style = style_of(template)
     messages = [template_message(message, style) for message in body.messages]

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from spanwise.server.transport.access_log import AccessLog
+from spanwise.server.transport.notes import NOTES, REQUEST_ID, RequestNotes
 from spanwise.server.transport.refusal import INTERNAL, new_request_id
 
 Message = MutableMapping[str, Any]
@@ -26,10 +27,11 @@ _CLIENT_IS_GONE = 499
 class Envelope:
     """An ASGI application around another.
 
-    Each response has an ``x-request-id`` and is logged. A body larger than ``write_buffer_bytes``
-    is sent in pieces, each of which waits until the client has read enough. An application that
-    ends without an answer is answered for, if there is still a client; what it raised goes on to
-    the server's log.
+    Each response has an ``x-request-id`` and is logged, with what the application writes into the
+    scope's notes; ``aborted`` there says that it was begun and not sent to its end. A body larger
+    than ``write_buffer_bytes`` is sent in pieces, each of which waits until the client has read
+    enough. An application that ends without an answer is answered for, if there is still a client;
+    what it raised goes on to the server's log.
     """
 
     def __init__(
@@ -45,18 +47,20 @@ class Envelope:
             await self._application(scope, receive, send)
             return
         response = _Response(receive, send, self._write_buffer_bytes)
-        begin_s = time.monotonic()
+        notes = scope[NOTES] = RequestNotes(time.monotonic())
         try:
             await self._application(scope, response.receive, response.send)
         except asyncio.CancelledError:
             return  # only the server cancels, at its end, when the connection is gone
         finally:
-            await response.begin_at_last()
+            if response.status and not response.is_whole:
+                notes.facts["aborted"] = True
+            await response.begin_at_last(scope.get(REQUEST_ID) or new_request_id())
             given = (response.status, response.request_id)
             status, request_id = scope.get("state", {}).get(REFUSED, given)
-            duration_s = time.monotonic() - begin_s
+            duration_s = time.monotonic() - notes.begun_s
             self._access_log.answered(
-                scope["method"], scope["path"], status, duration_s, request_id
+                scope["method"], scope["path"], status, duration_s, request_id, notes.all_facts
             )
 
 
@@ -66,6 +70,7 @@ class _Response:
     def __init__(self, receive: Receive, send: Send, piece_bytes: int) -> None:
         self.status = 0
         self.request_id = ""
+        self.is_whole = False
         self._receive = receive
         self._send = send
         self._piece_bytes = piece_bytes
@@ -85,14 +90,15 @@ class _Response:
             await self._send({**message, "body": body[:size], "more_body": True})
             body = body[size:]
         await self._send({**message, "body": body})
+        self.is_whole = not message.get("more_body", False)
 
-    async def begin_at_last(self) -> None:
+    async def begin_at_last(self, request_id: str) -> None:
         """Send an error where there is no response yet, and somebody to read it."""
         if not self.status and self._is_client_gone:
-            self.status, self.request_id = _CLIENT_IS_GONE, new_request_id()
+            self.status, self.request_id = _CLIENT_IS_GONE, request_id
         elif not self.status:
             body = INTERNAL.body()
-            headers = INTERNAL.headers(body, new_request_id())
+            headers = INTERNAL.headers(body, request_id)
             await self.send(
                 {"type": "http.response.start", "status": INTERNAL.status, "headers": headers}
             )

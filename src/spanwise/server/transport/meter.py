@@ -82,11 +82,11 @@ class RequestMeter:
             self._announced_bytes = int(digits or b"0")
 
     def headers_end(self) -> None:
-        """All headers are there."""
-        self.has_headers = True
-        self._unreported_bytes = 0
+        """All headers are there; they are not taken where a body is announced as too large."""
         if self._announced_bytes > self._limits.max_body_bytes:
             raise RefusedError(BODY_TOO_LARGE)
+        self.has_headers = True
+        self._unreported_bytes = 0
 
     def chunk(self) -> None:
         """A chunk of the body begins."""

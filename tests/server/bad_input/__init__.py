@@ -1,0 +1,1 @@
+"""Requests that cannot be, as data, and the contract that the real server keeps with each."""
