@@ -32,29 +32,31 @@ def attend(
     rule: AttentionRule,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Causal attention of ``query`` ``[heads, n, dim]`` over ``key``/``value`` ``[kv, s, dim]``.
+    """Causal attention of ``query`` over ``key``/``value`` ``[1, kv_heads, s, dim]``.
 
+    ``query`` is ``[n, kv_heads, group, dim]``: the query heads that read a KV head stand together.
     Query i stands at position ``start + i``, key j at ``first_key + j``. ``sinks`` ``[heads]`` are
     logits that take weight and give nothing (StreamingLLM-like sinks as gpt-oss learns them).
-    Returns ``[heads, n, value_dim]``. Depends on this sequence alone.
+    Returns ``[n, kv_heads, group, value_dim]``. Depends on this sequence alone.
     """
     if rule.kv_index is not None:
-        key, value = key[rule.kv_index], value[rule.kv_index]
-    heads, num_queries, dim = query.shape
-    kv_heads = key.shape[0]
-    group = heads // kv_heads
+        key, value = key[:, rule.kv_index], value[:, rule.kv_index]
+    num_queries, kv_heads, group, dim = query.shape
+    mask = _visible(num_queries, key.shape[2], start, first_key, rule.window, query.device)
+    is_plain = not rule.softcap and sinks is None
+    if num_queries == 1 and mask is None and is_plain:  # most rows of most steps
+        return F.scaled_dot_product_attention(query, key, value, scale=rule.scaling)
     # The query heads of a KV head become more queries of it: no copy of keys and values.
-    folded = query.reshape(kv_heads, group * num_queries, dim)
-    mask = _visible(num_queries, key.shape[1], start, first_key, rule.window, query.device)
+    folded = query.permute(1, 2, 0, 3).reshape(1, kv_heads, group * num_queries, dim)
     if mask is not None and group > 1:
         mask = mask.repeat(group, 1)
-    if rule.softcap or sinks is not None:
-        out = _explicit(folded, key, value, mask, rule, sinks, group)
-    else:
+    if is_plain:
         out = F.scaled_dot_product_attention(
-            folded[None], key[None], value[None], attn_mask=mask, scale=rule.scaling
+            folded, key, value, attn_mask=mask, scale=rule.scaling
         )[0]
-    return out.reshape(heads, num_queries, value.shape[-1])
+    else:
+        out = _explicit(folded[0], key[0], value[0], mask, rule, sinks, group)
+    return out.view(kv_heads, group, num_queries, -1).permute(2, 0, 1, 3)
 
 
 def _visible(

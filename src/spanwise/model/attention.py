@@ -51,20 +51,18 @@ class LayerAttention:
         )
         step = self.context.step
         group = step.group_of[self.layer]
-        parts = []
-        for row, (keys, values) in zip(step.rows, self._histories(key, value), strict=True):
-            end = row.offset + row.count
-            part = attend(
-                query[0, :, row.offset : end],
-                keys,
-                values,
-                row.start,
-                row.first_read[group],
-                rule,
-                s_aux,
+        # The query heads of a KV head together; each alone where they do not divide evenly.
+        heads, tokens, dim = query.shape[1:]
+        kv_heads = key.shape[1] if self.kv_index is None else heads
+        queries = query[0].transpose(0, 1).reshape(tokens, kv_heads, heads // kv_heads, dim)
+        counts = [row.count for row in step.rows]
+        parts = [
+            attend(own, keys, values, row.start, row.first_read[group], rule, s_aux)
+            for row, own, (keys, values) in zip(
+                step.rows, torch.split(queries, counts), self._histories(key, value), strict=True
             )
-            parts.append(part.transpose(0, 1))
-        return torch.cat(parts)[None]
+        ]
+        return torch.cat(parts).flatten(1, 2)[None]
 
     def _histories(
         self, key: torch.Tensor, value: torch.Tensor
@@ -73,7 +71,7 @@ class LayerAttention:
         if self.spec.kind == "latent":
             step = self.context.step
             counts = step.reads[step.group_of[self.layer]].counts
-            keys, values = (torch.split(part[0], counts, dim=1) for part in (key, value))
+            keys, values = (torch.split(part, counts, dim=2) for part in (key, value))
             return zip(keys, values, strict=True)
         assert self.cache is not None
         return self.cache.histories(self.layer)

@@ -54,20 +54,23 @@ class PagedCache(CacheShape):
         store.values.index_copy_(0, slots, value_states[0].transpose(0, 1))
         if store.spec.kind != "latent":
             return key_states, value_states
-        keys, values = _gather(store, step.reads[group].slots)
-        return keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
+        return _gather(store, step.reads[group].slots)
 
     def histories(self, layer_idx: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values ``[heads, slots, dim]`` that each row of the step reads."""
+        """Keys and values ``[1, heads, slots, dim]`` that each row of the step reads."""
         step, store = self.context.step, self.stores[layer_idx]
         reads = step.reads[step.group_of[layer_idx]]
         sizes = [sum(counts) for counts in reads.gathers]
         for slots, counts in zip(torch.split(reads.slots, sizes), reads.gathers, strict=True):
-            keys, values = (torch.split(part, list(counts)) for part in _gather(store, slots))
-            for key, value in zip(keys, values, strict=True):
-                yield key.transpose(0, 1), value.transpose(0, 1)
+            gathered = _gather(store, slots)
+            keys, values = (torch.split(part, list(counts), dim=2) for part in gathered)
+            yield from zip(keys, values, strict=True)
 
 
 def _gather(store: LayerStore, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values ``[slots, heads, dim]``; ``index_select``, since indexing costs far more."""
-    return store.keys.index_select(0, slots), store.values.index_select(0, slots)
+    """Keys and values ``[1, heads, slots, dim]``.
+
+    By ``index_select``, since indexing costs several times as much.
+    """
+    keys, values = store.keys.index_select(0, slots), store.values.index_select(0, slots)
+    return keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
