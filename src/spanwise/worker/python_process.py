@@ -9,6 +9,10 @@ from collections.abc import Sequence
 
 from spanwise.worker.lifeline import Lifeline
 
+# What one large request took goes back to the system with it. Without this, glibc raises the size
+# from which it does so with every large block that is freed.
+_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+
 
 class PythonProcess:
     """``python -m module fd... argument...``, killed by the kernel when this process is gone.
@@ -24,7 +28,7 @@ class PythonProcess:
             [sys.executable, "-P", "-m", module, *numbers, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=2,  # stdout belongs to the user's own output
-            env=os.environ | {"PYTHONPATH": python_path()},
+            env=_ENVIRONMENT | os.environ | {"PYTHONPATH": python_path()},
             pass_fds=(*fds, self._lifeline.read_fd),
             start_new_session=True,
         )
