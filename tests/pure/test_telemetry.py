@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import count
+from typing import Any
 
 from tests.pure.scheduling import add, make_scheduler, plan
 
@@ -28,8 +29,8 @@ def step_with(sequence_id: int, num_prompt: int) -> StepPlan:
     return plan(scheduler)
 
 
-def token(sequence_id: int, **more: object) -> SequenceUpdate:
-    return SequenceUpdate(sequence_id=sequence_id, token_ids=(7,), **more)  # type: ignore[arg-type]
+def token(sequence_id: int, **more: Any) -> SequenceUpdate:
+    return SequenceUpdate(sequence_id=sequence_id, token_ids=(7,), **more)
 
 
 def test_a_sequence_from_its_arrival_to_its_end() -> None:

@@ -29,7 +29,7 @@ _CANARY_TOKENS = 16
 _PAUSE_S = 0.2
 _GENERATES_WITHIN_S = 1.0
 _TRIES = 10  # on a busy machine the best of them counts
-_MEMORY_GROWTH = 0.05
+_MEMORY_GROWTH = 1.05
 _COLLECTS_WITHIN_S = 10.0
 _NOT_LASTING = "spanwise.engine.grammar_process"  # ended and replaced when a grammar is too much
 
@@ -139,7 +139,6 @@ class _Footprint:
     processes: dict[tuple[int, float], psutil.Process]
     descriptors: dict[tuple[int, float], int]
     memory_bytes: dict[tuple[int, float], int]
-    may_grow_bytes: dict[tuple[int, float], float]
 
 
 def _footprint(server: RealServer) -> _Footprint:
@@ -148,15 +147,8 @@ def _footprint(server: RealServer) -> _Footprint:
     return _Footprint(
         lasting,
         {name: each.num_fds() for name, each in lasting.items()},
-        {name: _own_bytes(each) for name, each in lasting.items()},
-        {name: _MEMORY_GROWTH * each.memory_info().rss for name, each in lasting.items()},
+        {name: each.memory_info().rss for name, each in lasting.items()},
     )
-
-
-def _own_bytes(process: psutil.Process) -> int:
-    """Resident memory but for what is shared: a KV arena's pages come with their first use."""
-    memory = process.memory_info()
-    return int(memory.rss - memory.shared)
 
 
 @contextmanager
@@ -202,5 +194,5 @@ def _grown(
     return [
         (before.processes[each], before.memory_bytes[each], size)
         for each, size in now.items()
-        if size > before.memory_bytes[each] + before.may_grow_bytes[each] + slack_bytes
+        if size > before.memory_bytes[each] * _MEMORY_GROWTH + slack_bytes
     ]

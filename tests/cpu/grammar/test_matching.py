@@ -75,7 +75,8 @@ def test_what_is_allowed_is_what_the_language_goes_on_with(
 ) -> None:
     """Every way to write every word, walked token by token."""
     folder, pieces = spelled
-    open_ends, finished = [[]], set()  # type: ignore[var-annotated]
+    open_ends: list[list[int]] = [[]]
+    finished: set[str] = set()
     while open_ends:
         output = open_ends.pop()
         text = "".join(pieces[token] for token in output)
@@ -118,7 +119,8 @@ def test_only_tokens_that_exist(vocab_size: int, spelled: tuple[str, list[str]])
 def test_a_matcher_begun_late_allows_the_same(spelled: tuple[str, list[str]]) -> None:
     folder, _ = spelled
     grammar = Grammar("json_schema", '{"type": "object", "properties": {"ab": {"enum": ["ll"]}}}')
-    steady, output = matcher_of(folder, grammar), []  # type: ignore[var-annotated]
+    steady = matcher_of(folder, grammar)
+    output: list[int] = []
     for _ in range(40):
         allowed = steady.allowed(output, VOCAB)
         assert allowed == matcher_of(folder, grammar).allowed(output, VOCAB)
