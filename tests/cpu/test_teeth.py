@@ -84,22 +84,31 @@ def test_the_window_off(family: str, root: Path) -> None:
     assert fails(verdict(family, root, spoil=forget_window, facts=without_windows))
 
 
-def attending(**forced: Any) -> Callable[..., torch.Tensor]:
-    right = LayerAttention.attend
+Given = torch.Tensor | float | None
 
-    def attend(self: LayerAttention, *args: Any, **options: Any) -> torch.Tensor:
-        return right(self, *args, **{**options, **forced})
 
-    return attend
+def attending(forced: Callable[[Given, Given, Given], tuple[Given, Given, Given]]) -> Any:
+    """The attention with other values for scaling, soft cap and sinks."""
+    right = LayerAttention.attend_tokens
+
+    def attend_tokens(
+        self: LayerAttention, query: torch.Tensor, scaling: Any, softcap: Any, sinks: Any
+    ) -> torch.Tensor:
+        given: Any = forced(scaling, softcap, sinks)
+        return right(self, query, *given)
+
+    return attend_tokens
 
 
 def test_the_soft_cap_off(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LayerAttention, "attend", attending(softcap=None))
+    wrong = attending(lambda scaling, softcap, sinks: (scaling, None, sinks))
+    monkeypatch.setattr(LayerAttention, "attend_tokens", wrong)
     assert fails(verdict("gemma2", root))
 
 
 def test_the_sinks_off(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LayerAttention, "attend", attending(s_aux=None))
+    wrong = attending(lambda scaling, softcap, sinks: (scaling, softcap, None))
+    monkeypatch.setattr(LayerAttention, "attend_tokens", wrong)
     assert fails(verdict("gpt_oss", root))
 
 
@@ -110,7 +119,7 @@ def test_positions_one_too_high(family: str, root: Path, monkeypatch: pytest.Mon
 
     def build(self: BatchBuilder, *args: Any) -> Any:
         batch, wanted = right(self, *args)
-        late = torch.cat([torch.full((r.count,), int(r.start > 0)) for r in batch.rows])
+        late = torch.cat([torch.full((w.row.count,), int(w.row.start > 0)) for w in wanted])
         return replaced(batch, positions=batch.positions + late), wanted
 
     monkeypatch.setattr(BatchBuilder, "build", build)

@@ -1,4 +1,7 @@
-"""Attention of one sequence's new tokens over its cached keys and values."""
+"""Attention over cached keys and values: of one sequence's chunk, or of many sequences' last token.
+
+A row's result depends on its own sequence alone, whatever else is in the step.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ class AttentionRule:
     kv_index: torch.Tensor | None = None
 
 
-def attend(
+def attend_chunk(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -32,31 +35,68 @@ def attend(
     rule: AttentionRule,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Causal attention of ``query`` over ``key``/``value`` ``[1, kv_heads, s, dim]``.
+    """Causal attention of one sequence: ``query`` ``[n, kv_heads, group, dim]`` over its history.
 
-    ``query`` is ``[n, kv_heads, group, dim]``: the query heads that read a KV head stand together.
+    ``key``/``value`` ``[s, kv_heads, dim]``; the query heads that read a KV head stand together.
     Query i stands at position ``start + i``, key j at ``first_key + j``. ``sinks`` ``[heads]`` are
     logits that take weight and give nothing (StreamingLLM-like sinks as gpt-oss learns them).
-    Returns ``[n, kv_heads, group, value_dim]``. Depends on this sequence alone.
+    Returns ``[n, kv_heads, group, value_dim]``.
     """
-    if rule.kv_index is not None:
-        key, value = key[:, rule.kv_index], value[:, rule.kv_index]
-    num_queries, kv_heads, group, dim = query.shape
-    mask = _visible(num_queries, key.shape[2], start, first_key, rule.window, query.device)
-    is_plain = not rule.softcap and sinks is None
-    if num_queries == 1 and mask is None and is_plain:  # most rows of most steps
-        return F.scaled_dot_product_attention(query, key, value, scale=rule.scaling)
-    # The query heads of a KV head become more queries of it: no copy of keys and values.
-    folded = query.permute(1, 2, 0, 3).reshape(1, kv_heads, group * num_queries, dim)
-    if mask is not None and group > 1:
-        mask = mask.repeat(group, 1)
-    if is_plain:
+    key, value = _read_heads(key, value, rule)
+    num_queries, _, group, _ = query.shape
+    grouped = query.permute(1, 2, 0, 3)
+    keys, values = key.transpose(0, 1), value.transpose(0, 1)
+    if not rule.softcap and sinks is None:
+        begins = start == first_key and key.shape[0] == num_queries
+        is_causal = begins and (not rule.window or num_queries <= rule.window)
+        mask = None
+        if not is_causal:
+            mask = _visible(num_queries, key.shape[0], start, first_key, rule.window, query.device)
+        # A KV head's keys serve its group without being copied: the group is a dim of stride 0.
         out = F.scaled_dot_product_attention(
-            folded, key, value, attn_mask=mask, scale=rule.scaling
-        )[0]
+            grouped,
+            keys[:, None].expand(-1, group, -1, -1),
+            values[:, None].expand(-1, group, -1, -1),
+            attn_mask=mask,
+            is_causal=is_causal,
+            scale=rule.scaling,
+        )
     else:
-        out = _explicit(folded[0], key[0], value[0], mask, rule, sinks, group)
-    return out.view(kv_heads, group, num_queries, -1).permute(2, 0, 1, 3)
+        mask = _visible(num_queries, key.shape[0], start, first_key, rule.window, query.device)
+        out = _explicit(grouped[None], keys[None], values[None], mask, rule, sinks)[0]
+    return out.permute(2, 0, 1, 3)
+
+
+def attend_decodes(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor,
+    rule: AttentionRule,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of the last token of many sequences, ``query`` ``[rows, kv_heads, group, dim]``.
+
+    ``key``/``value`` ``[rows, s, kv_heads, dim]``: each row its own history, filled up to ``s``
+    with finite values; ``visible`` ``[rows, s]`` says what counts. ``s`` follows from a row's own
+    length, so that its result does not depend on its neighbours. Returns as ``query``.
+    """
+    key, value = _read_heads(key, value, rule)
+    keys, values = key.transpose(1, 2), value.transpose(1, 2)
+    if not rule.softcap and sinks is None:
+        return F.scaled_dot_product_attention(
+            query, keys, values, attn_mask=visible[:, None, None], scale=rule.scaling
+        )
+    mask = visible[:, None, None, None]
+    return _explicit(query[:, :, :, None], keys, values, mask, rule, sinks)[:, :, :, 0]
+
+
+def _read_heads(
+    key: torch.Tensor, value: torch.Tensor, rule: AttentionRule
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if rule.kv_index is None:
+        return key, value
+    return key.index_select(-2, rule.kv_index), value.index_select(-2, rule.kv_index)
 
 
 def _visible(
@@ -79,9 +119,13 @@ def _explicit(
     mask: torch.Tensor | None,
     rule: AttentionRule,
     sinks: torch.Tensor | None,
-    group: int,
 ) -> torch.Tensor:
-    scores = (query @ key.transpose(1, 2)).float() * rule.scaling
+    """``query`` ``[b, kv_heads, group, n, dim]`` over ``[b, kv_heads, s, dim]``, step by step.
+
+    ``mask`` goes with ``[b, kv_heads, group, n, s]``.
+    """
+    shape = query.shape[:4]
+    scores = (query.flatten(2, 3) @ key.transpose(2, 3)).view(*shape, -1).float() * rule.scaling
     if rule.softcap:
         scores = torch.tanh(scores / rule.softcap) * rule.softcap
     if mask is not None:
@@ -89,8 +133,6 @@ def _explicit(
     if sinks is None:
         weights = scores.softmax(dim=-1)
     else:
-        kv_heads, rows, _ = scores.shape
-        sink = sinks.float().view(kv_heads, group, 1).expand(-1, -1, rows // group)
-        sink = sink.reshape(kv_heads, rows, 1)
+        sink = sinks.float().view(1, *shape[1:3], 1, 1).expand(*shape, 1)
         weights = torch.cat((scores, sink), dim=-1).softmax(dim=-1)[..., :-1]
-    return weights.to(value.dtype) @ value
+    return (weights.to(value.dtype).flatten(2, 3) @ value).view(*shape, -1)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-from spanwise.device.attention import AttentionRule, attend
+from spanwise.device.attention import AttentionRule, attend_chunk, attend_decodes
+from spanwise.model.batch import CacheReads
 from spanwise.model.context import ShardContext
-from spanwise.model.paged_cache import PagedCache
+from spanwise.model.paged_cache import LayerStore
 from spanwise.types.cache import LayerCache
 
 
@@ -29,7 +29,7 @@ class LayerAttention:
     ) -> None:
         self.context, self.layer, self.spec = context, layer, spec
         self.kv_index = None if kv_index is None else torch.tensor(kv_index, device=device)
-        self.cache: PagedCache | None = None
+        self.store: LayerStore | None = None
 
     def attend(
         self,
@@ -43,35 +43,82 @@ class LayerAttention:
         **_: Any,
     ) -> torch.Tensor:
         """``query`` ``[1, heads, tokens, dim]`` to ``[1, tokens, heads, value_dim]``."""
-        rule = AttentionRule(
+        queries = query[0].transpose(0, 1)
+        if self.spec.kind != "latent":
+            return self.attend_tokens(queries, scaling, softcap, s_aux)[None]
+        rule = self._rule(queries, scaling, softcap)
+        keys, values = key[0].transpose(0, 1), value[0].transpose(0, 1)
+        return self._expanded(queries, keys, values, rule, s_aux)[None]
+
+    def write(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Store the step's keys and values, ``[tokens, heads, dim]``."""
+        assert self.store is not None
+        step = self.context.step
+        self.store.write(step.write_slots[step.group_of[self.layer]], key, value)
+
+    def attend_tokens(
+        self,
+        query: torch.Tensor,
+        scaling: float | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """``query`` ``[tokens, heads, dim]`` to ``[tokens, heads, value_dim]``, over the cache."""
+        assert self.store is not None
+        rule, store = self._rule(query, scaling, softcap), self.store
+        reads = self._reads()
+        tokens, heads, dim = query.shape
+        # The query heads of a KV head together; each alone where they do not divide evenly.
+        kv_heads = store.keys.shape[1] if self.kv_index is None else heads
+        queries = query.reshape(tokens, kv_heads, heads // kv_heads, dim)
+        out = queries.new_empty((*queries.shape[:3], store.values.shape[2]))
+        for chunk in reads.chunks:
+            keys, values = store.read(chunk.slots)
+            own = slice(chunk.offset, chunk.offset + chunk.count)
+            out[own] = attend_chunk(
+                queries[own], keys, values, chunk.start, chunk.first_key, rule, sinks
+            )
+        for decode in reads.decodes:
+            rows = decode.num_rows
+            read = store.read(decode.slots)
+            keys, values = (part.view(rows, -1, *part.shape[1:]) for part in read)
+            if decode.tokens is None:
+                out = attend_decodes(queries, keys, values, decode.visible, rule, sinks)
+                break
+            own_queries = queries.index_select(0, decode.tokens)
+            given = attend_decodes(own_queries, keys, values, decode.visible, rule, sinks)
+            out.index_copy_(0, decode.tokens, given)
+        return out.flatten(1, 2)
+
+    def _expanded(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        rule: AttentionRule,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """As ``attend_tokens``, over histories ``[slots, heads, dim]`` that the layer expanded."""
+        parts, at = [], 0
+        for chunk in self._reads().chunks:
+            end = at + chunk.slots.shape[0]
+            queries = query[chunk.offset : chunk.offset + chunk.count]
+            queries = queries.reshape(chunk.count, keys.shape[1], -1, query.shape[-1])
+            own = keys[at:end], values[at:end]
+            parts.append(attend_chunk(queries, *own, chunk.start, chunk.first_key, rule, sinks))
+            at = end
+        return torch.cat(parts).flatten(1, 2)
+
+    def _rule(
+        self, query: torch.Tensor, scaling: float | None, softcap: float | None
+    ) -> AttentionRule:
+        return AttentionRule(
             scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
             window=self.spec.window,
             softcap=softcap or 0.0,
             kv_index=self.kv_index,
         )
-        step = self.context.step
-        group = step.group_of[self.layer]
-        # The query heads of a KV head together; each alone where they do not divide evenly.
-        heads, tokens, dim = query.shape[1:]
-        kv_heads = key.shape[1] if self.kv_index is None else heads
-        queries = query[0].transpose(0, 1).reshape(tokens, kv_heads, heads // kv_heads, dim)
-        counts = [row.count for row in step.rows]
-        parts = [
-            attend(own, keys, values, row.start, row.first_read[group], rule, s_aux)
-            for row, own, (keys, values) in zip(
-                step.rows, torch.split(queries, counts), self._histories(key, value), strict=True
-            )
-        ]
-        return torch.cat(parts).flatten(1, 2)[None]
 
-    def _histories(
-        self, key: torch.Tensor, value: torch.Tensor
-    ) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-        """What each row reads; a latent layer gives it itself, expanded, row after row."""
-        if self.spec.kind == "latent":
-            step = self.context.step
-            counts = step.reads[step.group_of[self.layer]].counts
-            keys, values = (torch.split(part, counts, dim=2) for part in (key, value))
-            return zip(keys, values, strict=True)
-        assert self.cache is not None
-        return self.cache.histories(self.layer)
+    def _reads(self) -> CacheReads:
+        step = self.context.step
+        return step.reads[step.group_of[self.layer]]

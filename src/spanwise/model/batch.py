@@ -2,43 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 
 @dataclass(frozen=True)
-class RowSpan:
-    """One sequence's part of the flattened tokens.
+class ChunkRead:
+    """What one row reads of a cache group.
 
     Tokens ``offset`` to ``offset + count`` of the step are positions ``start`` to
-    ``start + count`` of the sequence. In cache group g it reads positions ``first_read[g]``, the
-    oldest any of its queries may see, to ``start + count``.
+    ``start + count`` of the sequence. ``slots`` ``[n]`` hold positions ``first_key``, the oldest
+    that any of its queries may see, to ``start + count``.
     """
 
     offset: int
     count: int
     start: int
-    first_read: tuple[int, ...]
+    first_key: int
+    slots: torch.Tensor
+
+
+@dataclass(frozen=True)
+class DecodeRead:
+    """What rows of one token each read of a cache group, filled up to one length.
+
+    ``tokens`` ``[rows]``: which tokens of the step; None: all, in order. ``slots``
+    ``[rows * length]``: row after row, with slots of the row itself for filling. ``counts``
+    ``[rows]``: how many of a row's places count.
+    """
+
+    tokens: torch.Tensor | None
+    slots: torch.Tensor
+    counts: torch.Tensor
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows read."""
+        return self.counts.shape[0]
+
+    @cached_property
+    def visible(self) -> torch.Tensor:
+        """Which places count, ``[rows, length]``."""
+        length = self.slots.shape[0] // self.num_rows
+        return torch.arange(length, device=self.counts.device) < self.counts[:, None]
 
 
 @dataclass(frozen=True)
 class CacheReads:
-    """What a step's rows read of one cache group.
+    """What a step's rows read of one cache group; every row is in one of the two."""
 
-    ``slots`` ``[n]``: row after row. ``gathers``: how many slots each row reads, in parts that are
-    copied out of the cache together: one copy for each row would cost short rows more than their
-    attention, one for all would take memory for every running sequence at once.
-    """
-
-    slots: torch.Tensor
-    gathers: tuple[tuple[int, ...], ...]
-
-    @property
-    def counts(self) -> list[int]:
-        """How many slots each row reads."""
-        return [count for gather in self.gathers for count in gather]
+    chunks: tuple[ChunkRead, ...]
+    decodes: tuple[DecodeRead, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,7 +70,6 @@ class StepBatch:
     token_ids: torch.Tensor
     positions: torch.Tensor
     lengths: torch.Tensor
-    rows: Sequence[RowSpan]
     write_slots: tuple[torch.Tensor, ...]
     reads: tuple[CacheReads, ...]
     group_of: tuple[int, ...]

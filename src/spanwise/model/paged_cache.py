@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +24,21 @@ class LayerStore:
     values: torch.Tensor
     spec: LayerCache
 
+    def write(self, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store ``[tokens, heads, dim]``."""
+        self.keys.index_copy_(0, slots, keys)
+        self.values.index_copy_(0, slots, values)
+
+    def read(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values ``[slots, heads, dim]``.
+
+        By ``index_select``, since indexing costs several times as much.
+        """
+        return self.keys.index_select(0, slots), self.values.index_select(0, slots)
+
 
 class PagedCache(CacheShape):
-    """Writes a step's keys and values to their slots; reads a sequence's back by its table."""
+    """Writes a step's keys and values to their slots."""
 
     def __init__(self, context: ShardContext, stores: dict[int, LayerStore]) -> None:
         super().__init__()
@@ -50,27 +61,8 @@ class PagedCache(CacheShape):
         step, store = self.context.step, self.stores[layer_idx]
         group = step.group_of[layer_idx]
         slots = step.write_slots[group]
-        store.keys.index_copy_(0, slots, key_states[0].transpose(0, 1))
-        store.values.index_copy_(0, slots, value_states[0].transpose(0, 1))
+        store.write(slots, key_states[0].transpose(0, 1), value_states[0].transpose(0, 1))
         if store.spec.kind != "latent":
             return key_states, value_states
-        return _gather(store, step.reads[group].slots)
-
-    def histories(self, layer_idx: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values ``[1, heads, slots, dim]`` that each row of the step reads."""
-        step, store = self.context.step, self.stores[layer_idx]
-        reads = step.reads[step.group_of[layer_idx]]
-        sizes = [sum(counts) for counts in reads.gathers]
-        for slots, counts in zip(torch.split(reads.slots, sizes), reads.gathers, strict=True):
-            gathered = _gather(store, slots)
-            keys, values = (torch.split(part, list(counts), dim=2) for part in gathered)
-            yield from zip(keys, values, strict=True)
-
-
-def _gather(store: LayerStore, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values ``[1, heads, slots, dim]``.
-
-    By ``index_select``, since indexing costs several times as much.
-    """
-    keys, values = store.keys.index_select(0, slots), store.values.index_select(0, slots)
-    return keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
+        keys, values = store.read(torch.cat([chunk.slots for chunk in step.reads[group].chunks]))
+        return keys.transpose(0, 1)[None], values.transpose(0, 1)[None]

@@ -25,19 +25,25 @@ def features(module: nn.Module) -> tuple[int, int]:
 
 
 class RowParallel:
-    """A linear over a share of the input: partial products are summed, the bias added once."""
+    """A linear over a share of the input: partial products are summed, the bias added once.
+
+    ``product``: what multiplies, without the bias; None for the module's weight as it is.
+    """
 
     def __init__(self, module: nn.Module, context: ShardContext) -> None:
         self.module, self.context = module, context
+        self.product: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[..., in_share]`` to ``[..., out]``, equal on every rank."""
-        weight = self.module.weight
-        assert isinstance(weight, torch.Tensor)
-        partial = hidden @ weight if isinstance(self.module, Conv1D) else F.linear(hidden, weight)
-        total = self.context.tp.all_reduce(partial)
+        total = self.context.tp.all_reduce((self.product or self._multiply)(hidden))
         bias = self.module.bias
         return total + bias if isinstance(bias, torch.Tensor) else total
+
+    def _multiply(self, hidden: torch.Tensor) -> torch.Tensor:
+        weight = self.module.weight
+        assert isinstance(weight, torch.Tensor)
+        return hidden @ weight if isinstance(self.module, Conv1D) else F.linear(hidden, weight)
 
 
 class VocabParallelEmbedding:

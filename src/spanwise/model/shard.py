@@ -21,6 +21,7 @@ from spanwise.model.context import ShardContext
 from spanwise.model.cut import Cut, Cutter
 from spanwise.model.experts import RoutedExperts
 from spanwise.model.paged_cache import LayerStore, PagedCache
+from spanwise.model.prepare import prepare
 from spanwise.model.probe import Probe, accepts, probe
 from spanwise.model.rotary import make_per_sequence
 from spanwise.model.stage import StageOutput, keep_stage
@@ -69,6 +70,10 @@ class Shard:
         hidden = args[0][0]
         self.last_hidden = hidden if self._slices_logits else hidden[self.context.step.wanted]
 
+    def prepare(self, seen: Probe) -> None:
+        """Bring the loaded weights into the form that their device computes fastest."""
+        self.weight_bytes += prepare(self.model, seen, self._attention)
+
     def info(self) -> ShardInfo:
         """What the engine needs to know to size the cache; the same before weights are loaded."""
         return ShardInfo(
@@ -88,8 +93,8 @@ class Shard:
         """Take part in a tensor-parallel group, with a cache."""
         self.context.tp = tp
         self._cache = PagedCache(self.context, stores)
-        for handler in self._attention.values():
-            handler.cache = self._cache
+        for layer, handler in self._attention.items():
+            handler.store = stores[layer]
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch, inbound: torch.Tensor | None) -> torch.Tensor:
@@ -135,7 +140,10 @@ def load_shard(spec: ShardSpec, device: torch.device = _CPU) -> Shard:
     draft = _Draft(spec)
     with claiming(device, draft.weight_bytes, "its share of the weights"):
         draft.load(device)
-        return draft.shard(device)
+        shard = draft.shard(device)
+        if device.type != "meta":
+            shard.prepare(draft.seen)
+        return shard
 
 
 @dataclass(frozen=True)

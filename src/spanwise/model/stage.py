@@ -61,26 +61,53 @@ class _Absent(nn.Module):
         return torch.zeros(shape, dtype=self.dtype, device=self.context.step.token_ids.device)
 
 
-def _receiving(layer: nn.Module, context: ShardContext) -> Callable[..., Any]:
-    inner = layer.forward
+class _Border:
+    """Stands for the forward of a stage's first or last layer; ``inner`` is the layer's own."""
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        assert context.inbound is not None
+    def __init__(self, layer: nn.Module) -> None:
+        self.inner: Any = layer.forward
+
+
+class _Receiving(_Border):
+    """Lets the hidden states from the stage before in."""
+
+    def __init__(self, layer: nn.Module, context: ShardContext) -> None:
+        super().__init__(layer)
+        self._context = context
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        assert self._context.inbound is not None
         if args:
-            return inner(context.inbound, *args[1:], **kwargs)
-        return inner(**{**kwargs, "hidden_states": context.inbound})
-
-    return forward
+            return self.inner(self._context.inbound, *args[1:], **kwargs)
+        return self.inner(**{**kwargs, "hidden_states": self._context.inbound})
 
 
-def _leaving(layer: nn.Module) -> Callable[..., Any]:
-    inner = layer.forward
+class _Leaving(_Border):
+    """Leaves the model's forward with what the layer gives."""
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        output = inner(*args, **kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.inner(*args, **kwargs)
         raise StageOutput(output if isinstance(output, torch.Tensor) else output[0])
 
+
+def own_forward(layer: nn.Module) -> Callable[..., Any]:
+    """What a layer computes, whatever its stage does before and after."""
+    forward: object = layer.forward
+    while isinstance(forward, _Border):
+        forward = forward.inner
+    assert callable(forward)
     return forward
+
+
+def replace_own_forward(layer: nn.Module, forward: Callable[..., Any]) -> None:
+    """Let a layer compute by ``forward``, within what its stage does before and after."""
+    border = layer.__dict__.get("forward")
+    if not isinstance(border, _Border):
+        replace_forward(layer, forward)
+        return
+    while isinstance(border.inner, _Border):
+        border = border.inner
+    border.inner = forward
 
 
 def keep_stage(
@@ -95,11 +122,12 @@ def keep_stage(
         if not spec.first_layer <= index < spec.end_layer:
             layers[index] = _PassLayer(layer, probe.returns_tuple)
     if not spec.is_first:
-        replace_forward(layers[spec.first_layer], _receiving(layers[spec.first_layer], context))
+        first = layers[spec.first_layer]
+        replace_forward(first, _Receiving(first, context))
         _remove(model, probe.before_layers, probe, context)
     if not spec.is_last:
         last = layers[spec.end_layer - 1]
-        replace_forward(last, _leaving(last))
+        replace_forward(last, _Leaving(last))
         _remove(model, probe.after_layers, probe, context)
 
 

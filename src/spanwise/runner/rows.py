@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 
 import torch
 
 from spanwise.device.memory import move_together
-from spanwise.model.batch import CacheReads, RowSpan, StepBatch
-from spanwise.runner.sequences import KnownSequence, SequenceTable
+from spanwise.model.batch import CacheReads, ChunkRead, DecodeRead, StepBatch
+from spanwise.runner.sequences import BlockTables, KnownSequence, SequenceTable
 from spanwise.types.cache import CacheLayout
 from spanwise.types.plan import Row
 
 MAX_GATHER_SLOTS = 8192  # 32 MiB of bfloat16 in a layer of 8 KV heads of 128
+_MIN_FILL = 32
+_FILL_SHARE = 8
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,26 @@ class WantedLogits:
     pooled: range
 
 
-class BatchBuilder:
-    """Builds a step's tensors for one rank; every rank builds the same ones."""
+@dataclass(frozen=True)
+class _Place:
+    """A row's place in the step: its first token, and where its block tables stand."""
 
-    def __init__(self, layout: CacheLayout, num_layers: int, device: torch.device) -> None:
+    row: Row
+    offset: int
+    seat: int
+
+
+class BatchBuilder:
+    """Builds a step's tensors for one rank; every rank builds the same ones.
+
+    ``expanded``: the cache groups whose layers expand every row's history themselves, row by row.
+    """
+
+    def __init__(
+        self, layout: CacheLayout, num_layers: int, device: torch.device, expanded: frozenset[int]
+    ) -> None:
         self._windows = [group.window for group in layout.groups]
-        self._device = device
+        self._device, self._expanded = device, expanded
         of_layer = {layer: g for g, group in enumerate(layout.groups) for layer in group.layers}
         self._group_of = tuple(of_layer[layer] for layer in range(num_layers))
 
@@ -48,94 +63,139 @@ class BatchBuilder:
         token_ids: list[int] = []
         positions: list[int] = []
         lengths: list[int] = []
-        spans: list[RowSpan] = []
+        seats: list[int] = []
+        places: list[_Place] = []
+        sequences = [known[row.sequence_id] for row in rows]
         offset = 0
-        for row in rows:
+        for row, sequence in zip(rows, sequences, strict=True):
             end = row.start + row.count
             if reads_tokens:
-                token_ids += known[row.sequence_id].token_ids[row.start : end]
+                token_ids += sequence.token_ids[row.start : end]
             positions += range(row.start, end)
             lengths += [row.length] * row.count
-            spans.append(self._span(row, offset))
+            seats += [sequence.seat] * row.count
+            places.append(_Place(row, offset, sequence.seat))
             offset += row.count
-        wanted, index = _wanted(rows, known)
+        wanted, index = _wanted(rows, sequences)
         ids = torch.tensor(token_ids) if reads_tokens else torch.zeros(offset, dtype=torch.long)
         assert ids.shape[0] == offset, "a row reads tokens that are not known"
+        at, seat_of = torch.tensor(positions), torch.tensor(seats)
         batch = StepBatch(
             token_ids=ids,
-            positions=torch.tensor(positions),
+            positions=at,
             lengths=torch.tensor(lengths),
-            rows=spans,
-            write_slots=self._write_slots(rows, known),
-            reads=self._reads(spans, [known[row.sequence_id] for row in rows]),
+            write_slots=tuple(table.slots(seat_of, at) for table in known.tables),
+            reads=tuple(
+                self._reads(group, places, offset, table)
+                for group, table in enumerate(known.tables)
+            ),
             group_of=self._group_of,
             wanted=torch.tensor(index, dtype=torch.long),
         )
         return self._moved(batch), wanted
 
+    def _reads(
+        self, group: int, places: Sequence[_Place], num_tokens: int, table: BlockTables
+    ) -> CacheReads:
+        """Rows of one token together by the length they are filled up to, others by themselves."""
+        window = self._windows[group]
+        chunks: list[ChunkRead] = []
+        filled: dict[int, list[_Place]] = {}
+        for place in places:
+            row = place.row
+            first = max(0, row.start - window + 1) if window else 0
+            if row.count == 1 and group not in self._expanded:
+                filled.setdefault(filled_length(row.start + 1 - first), []).append(place)
+            else:
+                slots = table.span(place.seat, first, row.start + row.count)
+                chunks.append(ChunkRead(place.offset, row.count, row.start, first, slots))
+        decodes = [
+            _decode_read(part, length, window, num_tokens, table)
+            for length, alike in filled.items()
+            for part in _parts(alike, max(1, MAX_GATHER_SLOTS // length))
+        ]
+        return CacheReads(tuple(chunks), tuple(decodes))
+
     def _moved(self, batch: StepBatch) -> StepBatch:
         """The batch on the rank's device."""
         if self._device.type == "cpu":
             return batch
-        read = [reads.slots for reads in batch.reads]
-        rest = [batch.token_ids, batch.positions, batch.lengths, batch.wanted]
-        moved = iter(move_together([*rest, *batch.write_slots, *read], self._device))
-        ids, positions, lengths, wanted = islice(moved, len(rest))
+        own = [batch.token_ids, batch.positions, batch.lengths, batch.wanted, *batch.write_slots]
+        read = [tensor for reads in batch.reads for tensor in _tensors(reads)]
+        moved = iter(move_together([*own, *read], self._device))
+        ids, positions, lengths, wanted, *write_slots = (next(moved) for _ in own)
         return replace(
             batch,
             token_ids=ids,
             positions=positions,
             lengths=lengths,
             wanted=wanted,
-            write_slots=tuple(islice(moved, len(batch.write_slots))),
-            reads=tuple(replace(r, slots=s) for r, s in zip(batch.reads, moved, strict=True)),
-        )
-
-    def _span(self, row: Row, offset: int) -> RowSpan:
-        first = tuple(max(0, row.start - w + 1) if w else 0 for w in self._windows)
-        return RowSpan(offset, row.count, row.start, first)
-
-    def _reads(
-        self, spans: Sequence[RowSpan], sequences: Sequence[KnownSequence]
-    ) -> tuple[CacheReads, ...]:
-        found = []
-        for group in range(len(self._windows)):
-            slots = [
-                sequence.slots[group][span.first_read[group] : span.start + span.count]
-                for span, sequence in zip(spans, sequences, strict=True)
-            ]
-            found.append(CacheReads(torch.cat(slots), _gathers([len(own) for own in slots])))
-        return tuple(found)
-
-    def _write_slots(self, rows: Sequence[Row], known: SequenceTable) -> tuple[torch.Tensor, ...]:
-        return tuple(
-            torch.cat(
-                [known[r.sequence_id].slots[group][r.start : r.start + r.count] for r in rows]
-            )
-            for group in range(len(self._windows))
+            write_slots=tuple(write_slots),
+            reads=tuple(_replaced(reads, moved) for reads in batch.reads),
         )
 
 
-def _gathers(counts: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """Neighbouring rows that read at most ``MAX_GATHER_SLOTS`` together; a longer row alone."""
-    gathers: list[list[int]] = []
-    room = 0
-    for count in counts:
-        if count > room:
-            gathers.append([])
-            room = MAX_GATHER_SLOTS
-        gathers[-1].append(count)
-        room -= count
-    return tuple(tuple(gather) for gather in gathers)
+def filled_length(length: int) -> int:
+    """What a row of one token that reads ``length`` slots is filled up to.
+
+    An eighth at most beyond the first few, and a function of the length alone: rows of about one
+    length are computed together, and a row is always computed in the same way.
+    """
+    step = max(_MIN_FILL, (1 << (length - 1).bit_length()) // (2 * _FILL_SHARE))
+    return -(-length // step) * step
 
 
-def _wanted(rows: Sequence[Row], known: SequenceTable) -> tuple[list[WantedLogits], list[int]]:
+def _decode_read(
+    places: Sequence[_Place], length: int, window: int, num_tokens: int, table: BlockTables
+) -> DecodeRead:
+    starts = [place.row.start for place in places]
+    last = torch.tensor(starts)[:, None]
+    first = (last - (window - 1)).clamp_(min=0) if window else torch.zeros_like(last)
+    # Beyond its end a row reads its own last position again: nothing of a neighbour's, and nothing
+    # that was never written, which might not be a number.
+    positions = torch.minimum(first + torch.arange(length), last)
+    seats = torch.tensor([place.seat for place in places])[:, None]
+    tokens = None
+    if len(places) < num_tokens:
+        tokens = torch.tensor([place.offset for place in places])
+    counts = (last - first + 1).flatten()
+    return DecodeRead(tokens, table.slots(seats, positions).flatten(), counts)
+
+
+def _parts(places: Sequence[_Place], size: int) -> Iterator[Sequence[_Place]]:
+    for start in range(0, len(places), size):
+        yield places[start : start + size]
+
+
+def _tensors(reads: CacheReads) -> Iterator[torch.Tensor]:
+    for chunk in reads.chunks:
+        yield chunk.slots
+    for decode in reads.decodes:
+        yield from (decode.slots, decode.counts)
+        if decode.tokens is not None:
+            yield decode.tokens
+
+
+def _replaced(reads: CacheReads, moved: Iterator[torch.Tensor]) -> CacheReads:
+    """``reads`` with the next of ``moved`` for each of ``_tensors(reads)``."""
+    chunks = tuple(replace(chunk, slots=next(moved)) for chunk in reads.chunks)
+    decodes = []
+    for decode in reads.decodes:
+        slots, counts = next(moved), next(moved)
+        tokens = None if decode.tokens is None else next(moved)
+        decodes.append(DecodeRead(tokens, slots, counts))
+    return CacheReads(chunks, tuple(decodes))
+
+
+def _wanted(
+    rows: Sequence[Row], sequences: Sequence[KnownSequence]
+) -> tuple[list[WantedLogits], list[int]]:
     """Which tokens' logits are gathered, and who reads which of them."""
     wanted: list[WantedLogits] = []
     index: list[int] = []
     offset = 0
-    for row in rows:
-        intro = known[row.sequence_id].intro
+    for row, sequence in zip(rows, sequences, strict=True):
+        intro = sequence.intro
         scored = 0
         if intro.sampling.prompt_logprobs >= 0:
             scored = max(0, min(row.count, intro.num_prompt - 1 - row.start))

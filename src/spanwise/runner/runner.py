@@ -61,7 +61,13 @@ class Runner:
         shard.join(comm.tp, stores)
         self._known = SequenceTable(spec.cache)
         self._constraints = Constraints(spec.shard.folder)
-        self._builder = BatchBuilder(spec.cache, spec.shard.num_layers, self._device)
+        latent = {layer for layer, own in shard.layer_caches.items() if own.kind == "latent"}
+        expanded = frozenset(
+            index
+            for index, group in enumerate(spec.cache.groups)
+            if not latent.isdisjoint(group.layers)
+        )
+        self._builder = BatchBuilder(spec.cache, spec.shard.num_layers, self._device, expanded)
         self._awaited: deque[_AwaitedTokens] = deque()
 
     def execute(self, plan: StepPlan) -> StepResult | None:

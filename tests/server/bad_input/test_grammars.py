@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ _TRIAL = "spanwise.engine.grammar_process"
 _LAG_S = 0.05
 _TRIES = 3  # on a busy machine the best of them counts
 _REFUSED_WITHIN_S = 5.0
+_NUM_AT_ONCE = 8
 
 
 def chain(length: int) -> str:
@@ -90,25 +92,24 @@ def test_row_73_many_small_schemas(
     server: RealServer, folder: Path, pytestconfig: pytest.Config
 ) -> None:
     """What is remembered of them is bounded, in memory, and nothing is on a disk."""
-    num = 20_000 if pytestconfig.getoption("--full") else 100
+    num = 8_000 if pytestconfig.getoption("--full") else 100
     remembered = 4096  # more than those leave nothing more
     files = sorted(folder.rglob("*"))
-    with server.client(KEYS[0]) as client:
+    with server.client(KEYS[0]) as client, ThreadPoolExecutor(_NUM_AT_ONCE) as pool:
 
-        def ask(first: int, num: int) -> None:
-            for number in range(first, first + num):
-                form = {"type": "object", "properties": {f"p{number}": {"const": number}}}
-                path, fields = (
-                    (COMPLETIONS, {"structured_outputs": {"json": form}}),
-                    (RESPONSES, {"text": {"format": {"type": "json_schema", "name": "a",
-                                                     "schema": form}}}),
-                )[number % 2]  # fmt: skip
-                answer = client.post(path, json=short(path, **fields))
-                assert answer.status_code == 200, answer.text
+        def ask(number: int) -> None:
+            form = {"type": "object", "properties": {f"p{number}": {"const": number}}}
+            path, fields = (
+                (COMPLETIONS, {"structured_outputs": {"json": form}}),
+                (RESPONSES, {"text": {"format": {"type": "json_schema", "name": "a",
+                                                 "schema": form}}}),
+            )[number % 2]  # fmt: skip
+            answer = client.post(path, json=short(path, **fields))
+            assert answer.status_code == 200, answer.text
 
-        ask(0, min(num, remembered))
-    with unharmed(server, KEYS[0]), server.client(KEYS[0]) as client:
-        ask(num, num)
+        list(pool.map(ask, range(min(num, remembered))))
+        with unharmed(server, KEYS[0]):
+            list(pool.map(ask, range(num, 2 * num)))
     assert sorted(folder.rglob("*")) == files
 
 
