@@ -139,3 +139,18 @@ def test_a_norm_that_is_none_keeps_its_forward(
     monkeypatch.setattr(LlamaRMSNorm, "forward", absolute)
     found = layers(load_shard(shard_specs(folders("llama"))[0]))
     assert not any(isinstance(layer, FlatLayer) for layer in found)
+
+
+def test_a_layer_that_looks_at_positions_keeps_its_forward(
+    folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though it does nothing with those that it is watched with."""
+    right = LlamaDecoderLayer.forward
+
+    def scaled(layer: Any, hidden: torch.Tensor, **options: Any) -> torch.Tensor:
+        far = torch.floor(options["position_ids"] / 1000)[0, :, None]
+        return right(layer, hidden * (1.0 + far), **options)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", scaled)
+    found = layers(load_shard(shard_specs(folders("llama"))[0]))
+    assert not any(isinstance(layer, FlatLayer) for layer in found)

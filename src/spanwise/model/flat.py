@@ -485,7 +485,10 @@ class _Shown:
 
 
 def _watch(parts: LayerParts, hidden_size: int) -> _Shown:
-    """Run the layer's own forward. Raises _NoMatchError where it attends otherwise, or twice."""
+    """Run the layer's own forward. Raises _NoMatchError where it attends otherwise, or twice.
+
+    Or where it makes something of positions itself: a scale that grows with them, for one.
+    """
     module, mlp = parts.layer.get_submodule(parts.attention), getattr(parts.layer, "mlp", None)
     if not isinstance(mlp, nn.Module):
         raise _NoMatchError
@@ -493,6 +496,9 @@ def _watch(parts: LayerParts, hidden_size: int) -> _Shown:
     hidden = _draw(1, _NUM_ROWS, hidden_size, like=like)
     tables = _draw_tables(parts, like)
     watch, passed = _Watch(), list[torch.Tensor]()
+    # Rotary tables are the only way in which a flat layer knows positions.
+    reached: list[bool] = []
+    positions = seams.seen_positions(torch.arange(_NUM_ROWS, device=like.device)[None], reached)
     hook = mlp.register_forward_hook(
         lambda _, given, output: passed.extend((given[0][0], _first(output)[0]))
     )
@@ -501,7 +507,7 @@ def _watch(parts: LayerParts, hidden_size: int) -> _Shown:
         output = own_forward(parts.layer)(
             hidden,
             attention_mask=None,
-            position_ids=torch.arange(_NUM_ROWS, device=like.device)[None],
+            position_ids=positions,
             past_key_values=watch,
             use_cache=True,
             position_embeddings=tables,
@@ -511,7 +517,7 @@ def _watch(parts: LayerParts, hidden_size: int) -> _Shown:
     finally:
         seams.set_handler(module, parts.handler)
         hook.remove()
-    if len(watch.given) != 3 or len(passed) != 2:
+    if len(watch.given) != 3 or len(passed) != 2 or reached:
         raise _NoMatchError
     return _Shown(
         hidden, tables, watch.options, watch.given, (passed[0], passed[1]), _first(output)
