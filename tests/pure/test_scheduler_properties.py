@@ -118,6 +118,7 @@ class Driver:
         self.num_found = 0
         self.batch: set[int] = set()
         self.tick = 0
+        self.now_s = 0.0  # of results, on a clock of its own: times vary, tokens must not
 
     def drive(self) -> None:
         while any(outcome.end is None for outcome in self.outcomes.values()):
@@ -205,7 +206,8 @@ class Driver:
     def _deliver(self, result: StepResult) -> None:
         if self.stale and self.random.random() < 0.5:
             assert self.scheduler.accept(self.stale.pop()) == []
-        for update in self.scheduler.accept(result):
+        self.now_s += self.random.random() ** 4
+        for update in self.scheduler.accept(result, self.now_s):
             outcome = self.outcomes[update.sequence_id]
             outcome.take(update)
             wanted = self.jobs[update.sequence_id].stop_after

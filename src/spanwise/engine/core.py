@@ -119,9 +119,10 @@ class EngineCore:
     ) -> list[SequenceUpdate]:
         brought: list[SequenceUpdate] = []
         for result in results:
-            brought += replica.scheduler.accept(result)
+            now_s = time.monotonic()
+            brought += replica.scheduler.accept(result, now_s)
             # The devices work on while something is made of what came.
-            self._feed(replica, time.monotonic())
+            self._feed(replica, now_s)
         finished = [update for update in brought if update.finish_reason is not None]
         for update in finished:
             self._router.release(update.sequence_id)

@@ -138,7 +138,7 @@ class Runner:
     def _sample(self, logits: torch.Tensor, wanted: list[WantedLogits]) -> LaneResult:
         drawing = [w for w in wanted if self._draws(w.row)]
         rows = [self._sample_row(w.row, logits.shape[1]) for w in drawing]
-        token_ids, logprobs = sample(logits[[w.last for w in drawing]], rows)
+        token_ids, logprobs = sample(_picked(logits, [w.last for w in drawing]), rows)
         for w, token_id in zip(drawing, token_ids, strict=True):
             self._known[w.row.sequence_id].token_ids.append(token_id)
         if self._comm.tokens is not None and token_ids:
@@ -187,3 +187,8 @@ class Runner:
             return None
         is_mean = sequence.intro.task == "pool_mean"
         return sequence.pool.mean(row.start + row.count if is_mean else 1)
+
+
+def _picked(logits: torch.Tensor, index: list[int]) -> torch.Tensor:
+    """Rows of the logits; no copy where it is all of them, as in every step that only decodes."""
+    return logits if index == list(range(len(logits))) else logits[index]

@@ -57,7 +57,7 @@ def sample(
     """
     raw = logits.float()
     adjusted = _adjusted(raw, rows)
-    tokens = adjusted.argmax(-1)
+    tokens = argmax(adjusted)
     drawn = [index for index, row in enumerate(rows) if row.spec.temperature > 0]
     for slab in slabs(len(drawn), logits.shape[1]):
         part = drawn[slab]
@@ -94,15 +94,25 @@ def _draw(logits: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
 def _noisy_argmax(scores: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """Argmax [rows] of scores [rows, vocab] plus noise; noise only for tokens that can win."""
     # The best score is 0: what lies further below its noise than noise can lift is out.
-    floor = (gumbel_noise(keys, scores.argmax(-1)) - MAX_NOISE - _MARGIN).float()
+    floor = (gumbel_noise(keys, argmax(scores)) - MAX_NOISE - _MARGIN).float()
     able = scores >= floor[:, None]
     if able.count_nonzero() * _FEW > able.numel():
         ids = torch.arange(scores.shape[1], device=scores.device)
-        return gumbel_noise(keys[:, None], ids).add_(scores).argmax(-1)
+        return argmax(gumbel_noise(keys[:, None], ids).add_(scores))
     row, token = able.nonzero(as_tuple=True)
     noisy = torch.full_like(scores, -torch.inf, dtype=torch.float64)
     noisy[row, token] = scores[row, token] + gumbel_noise(keys[row], token)
-    return noisy.argmax(-1)
+    return argmax(noisy)
+
+
+def argmax(scores: torch.Tensor) -> torch.Tensor:
+    """The largest of each row, the first among equals.
+
+    On a CPU by numpy: torch takes 19 ms for 256 rows of 32,000 on one thread, numpy 2.
+    """
+    if scores.device.type != "cpu":
+        return scores.argmax(-1)
+    return torch.from_numpy(scores.numpy().argmax(-1))
 
 
 def _logprobs(

@@ -127,6 +127,10 @@ class BlockTable:
             _GroupTable(group, layout.block_size, pool)
             for group, pool in zip(layout.groups, pools, strict=True)
         )
+        self._pools = pools
+        self._windowed = tuple(table for table in self._tables if table.group.window)
+        self._end = 0  # positions before it have a place: tables of all groups are equally long
+        self._no_blocks = ((),) * len(pools)
         self.block_size = layout.block_size
         self.num_registered = 0
 
@@ -137,14 +141,24 @@ class BlockTable:
 
     def room(self, start: int) -> int:
         """How many positions from ``start`` on fit now; lets go of what left the window before."""
-        for table in self._tables:
+        for table in self._windowed:
             table.slide(start)
-        ends = ((t.num_blocks + t.pool.num_free) * t.block_size for t in self._tables)
-        return min(ends) - start
+        num_free = min([pool.num_free for pool in self._pools])
+        return self._end + num_free * self.block_size - start
+
+    def fit(self, start: int, wanted: int) -> int:
+        """How many of ``wanted`` positions from ``start`` on fit now; lets go as ``room`` does."""
+        if wanted <= self._end - start and not self._windowed:
+            return wanted
+        return min(wanted, self.room(start))
 
     def extend(self, end: int) -> tuple[tuple[int, ...], ...]:
         """Make place for positions up to ``end`` (exclusive): per group, the blocks appended."""
-        return tuple(table.extend(end) for table in self._tables)
+        if end <= self._end:
+            return self._no_blocks
+        appended = tuple([table.extend(end) for table in self._tables])
+        self._end = -(-end // self.block_size) * self.block_size
+        return appended
 
     def match(self, keys: Sequence[bytes]) -> int:
         """With how many of the blocks ``keys`` stand for the table can begin.
@@ -165,6 +179,7 @@ class BlockTable:
         for table in self._tables:
             table.attach(keys)
         self.num_registered = len(keys)
+        self._end = len(keys) * self.block_size
 
     def register(self, keys: Sequence[bytes]) -> None:
         """Let the next blocks, full by the plans made so far, be found by their keys."""
@@ -186,3 +201,4 @@ class BlockTable:
         for table in self._tables:
             table.release()
         self.num_registered = 0
+        self._end = 0

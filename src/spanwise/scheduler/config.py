@@ -22,7 +22,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     on a pipeline (twice that hides the way to the engine and back). A sequence that grows past
     one of ``recompute_lengths`` is computed anew from position 0 (long-RoPE).
     ``min_chunk_tokens``: on a pipeline prompts are cut so that every stage has work, but not
-    into chunks smaller than this, since each chunk reads all weights again.
+    into chunks smaller than this, since each chunk reads all weights again; only for as long as
+    measured times do not tell better.
     ``prefix_caching``: blocks whose tokens were computed before are shared, not computed again.
     ``batching``: ``continuous`` lets a sequence join whenever there is room. The other two let
     ``batch_size`` sequences (``max_num_seqs`` unless given) begin together, and none more until

@@ -14,16 +14,18 @@ class Draft:
         self.budget = budget
         self.new: list[NewSequence] = []
         self.rows: list[Row] = []
+        self.num_tokens = 0
         self.num_prefill_tokens = 0
 
     def names(self, sequence: Sequence) -> bool:
         """Whether the sequence has a row in this step."""
         return sequence.last_step == self.step
 
-    def add(self, sequence: Sequence) -> None:
-        """Plan as much of the sequence as it wants, the budget allows and free blocks hold."""
-        room = sequence.blocks.room(sequence.computed)
-        count = min(sequence.wanted, self.budget, room)
-        self.num_prefill_tokens += count if sequence.is_prefill else 0
-        self.rows.append(sequence.next_row(self.step, count))
+    def add(self, sequence: Sequence, room: int) -> None:
+        """Plan as many of the ``room`` positions that have a place as the budget allows."""
+        count = min(room, self.budget)
+        if sequence.is_prefill:
+            self.num_prefill_tokens += count
+        self.num_tokens += count
         self.budget -= count
+        self.rows.append(sequence.next_row(self.step, count))

@@ -6,6 +6,7 @@ from bisect import insort
 from collections import deque
 from dataclasses import asdict
 from itertools import chain, islice
+from operator import attrgetter
 
 from spanwise.scheduler.batching import BatchGate
 from spanwise.scheduler.block_table import BlockTable
@@ -19,6 +20,7 @@ from spanwise.scheduler.request import SequenceRequest
 from spanwise.scheduler.sequence import Sequence
 from spanwise.scheduler.service import Service
 from spanwise.scheduler.stats import EndReason, SchedulerStats, Tally
+from spanwise.scheduler.step_times import StepTimes
 from spanwise.scheduler.update import SequenceUpdate
 from spanwise.types.plan import LanePlan, StepPlan, StepResult
 
@@ -54,6 +56,10 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._dropped: list[int] = []
         self._in_flight: deque[StepPlan] = deque()
+        self._times = StepTimes(
+            config.num_micro_batches, config.min_chunk_tokens, config.max_step_tokens
+        )
+        self._came_s: float | None = None  # the last result, where another step followed it closely
         self._tally = Tally()
 
     @property
@@ -174,13 +180,18 @@ class Scheduler:
             self._plan_decodes(draft, steps_apart=1)
         return self._emit(draft) if draft.rows else None
 
-    def accept(self, result: StepResult) -> list[SequenceUpdate]:
-        """Take in the oldest step in flight. What an older epoch gave is dropped."""
+    def accept(self, result: StepResult, now_s: float | None = None) -> list[SequenceUpdate]:
+        """Take in the oldest step in flight. What an older epoch gave is dropped.
+
+        ``now_s``, on any clock: when it came. On a pipeline chunks are sized by that.
+        """
         assert result.epoch <= self._epoch, "a result came from an epoch yet to begin"
         if result.epoch < self._epoch:
             return []
         plan = self._in_flight.popleft()
         assert plan.step == result.step, f"step {result.step} came before step {plan.step}"
+        if now_s is not None and self._config.num_micro_batches > 1:
+            self._measure(plan, now_s)
         updates: list[SequenceUpdate] = []
         for lane, outcome in zip(plan.lanes, result.lanes, strict=True):
             for row, sampled in zip(lane.rows, outcome.sampled, strict=True):
@@ -203,6 +214,7 @@ class Scheduler:
         self._epoch = epoch
         self._step = 0
         self._in_flight.clear()
+        self._came_s = None
         self._dropped.clear()
         for sequence in self._sequences.values():
             sequence.forget_in_flight()
@@ -215,6 +227,8 @@ class Scheduler:
     # Planning, in the order of `next_plan`.
 
     def _preempt_outgrown(self) -> None:
+        if not self._config.recompute_lengths:
+            return
         for sequence in [s for s in self._running if s.is_outgrown]:
             self._preempt(sequence)
 
@@ -229,32 +243,31 @@ class Scheduler:
         ready = [
             s for s in decoding if not s.num_sampling or draft.step - s.last_step >= steps_apart
         ]
-        for sequence in sorted(ready, key=lambda s: s.last_step):
+        for sequence in sorted(ready, key=attrgetter("last_step")):
             if len(draft.rows) == quota or not draft.budget:
                 return
-            if sequence.is_running and self._make_room(sequence, draft):
-                draft.add(sequence)
+            if sequence.is_running and (room := self._make_room(sequence, draft)):
+                draft.add(sequence, room)
 
     def _prefill_share(self) -> int:
         """How many prompt tokens one step may take.
 
-        On a pipeline half a micro-batch's share of what is there to do: idle time at both ends of
-        the work is about one chunk's, so taking all at once would keep one stage busy at a time.
+        On a pipeline a part of what is there to do: idle time at both ends of the work is about
+        one chunk's, so taking all at once would keep one stage busy at a time.
         """
         config = self._config
         if config.num_micro_batches == 1:
             return config.max_step_tokens
-        parts = 2 * config.num_micro_batches
         some_waiting = islice(self._waiting, config.max_num_seqs)
-        tokens = sum(s.wanted for s in chain(self._running, some_waiting) if s.wanted > 1)
-        return max(config.min_chunk_tokens, -(-tokens // parts))
+        wanted = [s.wanted for s in chain(self._running, some_waiting)]
+        return self._times.chunk(sum([count for count in wanted if count > 1]))
 
     def _plan_chunks(self, draft: Draft) -> None:
         for sequence in [s for s in self._running if s.wanted > 1]:
             if not draft.budget:
                 return
-            if sequence.is_running and self._make_room(sequence, draft):
-                draft.add(sequence)
+            if sequence.is_running and (room := self._make_room(sequence, draft)):
+                draft.add(sequence, room)
 
     def _admit(self, draft: Draft) -> None:
         """Admit by turn while blocks for all tokens known of the next sequence are free.
@@ -298,7 +311,7 @@ class Scheduler:
             self._service.admit(sequence.request.tenant, num_new)
             self._deadlines.discard(sequence.sequence_id)
         self._tally.admitted(sequence, is_first)
-        draft.add(sequence)
+        draft.add(sequence, sequence.room())
 
     def _emit(self, draft: Draft) -> StepPlan:
         lane = LanePlan(tuple(self._dropped), tuple(draft.new), tuple(draft.rows))
@@ -308,6 +321,21 @@ class Scheduler:
         self._step += 1
         self._tally.planned(draft)
         return plan
+
+    def _measure(self, plan: StepPlan, now_s: float) -> None:
+        """Learn what a step took: the time since the result before it, if it was close behind.
+
+        With fewer sequences than stages each decodes once in the time all stages take together.
+        """
+        (lane,) = plan.lanes
+        num_rows, num_tokens = len(lane.rows), sum([row.count for row in lane.rows])
+        if self._came_s is not None:
+            taken_s = now_s - self._came_s
+            if num_tokens == num_rows:
+                num_stages = self._config.num_micro_batches
+                taken_s *= min(max(1, len(self._running)), num_stages) / num_stages
+            self._times.add(num_rows, num_tokens, taken_s)
+        self._came_s = now_s if self._in_flight else None
 
     # Blocks.
 
@@ -321,19 +349,19 @@ class Scheduler:
     def _margin(self, pool: BlockPool) -> int:
         return pool.num_blocks // _WATERMARK_SHARE if self._running else 0
 
-    def _make_room(self, sequence: Sequence, draft: Draft) -> bool:
-        """Get a place for the sequence's next position; False if it has to wait for one.
+    def _make_room(self, sequence: Sequence, draft: Draft) -> int:
+        """Get a place for the sequence's next position: how many have one then, 0 if it must wait.
 
         Takes it from the least urgent first, never from a more urgent one or one that has its row
         already.
         """
-        while sequence.blocks.room(sequence.computed) <= 0:
+        while not (room := sequence.room()):
             victim = next(s for s in reversed(self._running) if not draft.names(s))
             if victim is sequence:
-                return False
+                return 0
             self._preempt(victim)
             self._tally.num_preemptions += 1
-        return True
+        return room
 
     # The life of a sequence.
 

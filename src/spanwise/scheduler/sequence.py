@@ -11,7 +11,7 @@ from spanwise.scheduler.request import SequenceRequest
 from spanwise.scheduler.upcoming import UpcomingBlock
 from spanwise.scheduler.update import SequenceUpdate
 from spanwise.types.outputs import FinishReason
-from spanwise.types.plan import NewSequence, Row, Sampled
+from spanwise.types.plan import NewSequence, Row, Sampled, TokenLogprobs
 
 
 class Sequence:
@@ -19,9 +19,10 @@ class Sequence:
 
     ``computed`` counts the positions planned since the last introduction, done or in flight, or
     found computed. ``num_in_flight`` counts planned rows without a result, ``num_sampling`` those
-    of them that draw a token. ``arrival`` is the rank in age. ``limit`` is the length at which the
-    sequence is certain to be finished; a pooled prompt counts its result as one token more.
-    ``last_step`` is the step of its last row, ``has_begun`` whether it ever had one.
+    of them that draw a token. ``end`` is the length once everything in flight has come.
+    ``arrival`` is the rank in age. ``limit`` is the length at which the sequence is certain to be
+    finished; a pooled prompt counts its result as one token more. ``last_step`` is the step of its
+    last row, ``has_begun`` whether it ever had one.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Sequence:
         self.computed = 0
         self.num_in_flight = 0
         self.num_sampling = 0
+        self.end = len(self.tokens)
         self.last_step = -1
         self._num_prompt = len(request.prompt_token_ids)
         self._num_introduced = 0
@@ -52,19 +54,19 @@ class Sequence:
         self._stop_token_ids = frozenset(request.stop_token_ids)
         self._recompute_lengths = config.recompute_lengths
         self._horizon = sys.maxsize
+        self._bound = limit - 1  # the longest that can be computed before it ends or begins anew
         self._registers = config.prefix_caching
+        self._full_at = sys.maxsize  # the length at which one block more can be found by its key
         self._chain: KeyChain | None = None
-
-    @property
-    def end(self) -> int:
-        """The length once everything in flight has come."""
-        return len(self.tokens) + self.num_sampling
 
     @property
     def wanted(self) -> int:
         """Positions that can be planned now; 0 when finished but for what is in flight."""
-        end = self.end
-        return 0 if end >= self.limit or end > self._horizon else end - self.computed
+        return self.end - self.computed if self.end <= self._bound else 0
+
+    def room(self) -> int:
+        """How many of the wanted positions have a place; lets go of blocks out of reach."""
+        return self.blocks.fit(self.computed, self.wanted)
 
     @property
     def is_outgrown(self) -> bool:
@@ -109,9 +111,10 @@ class Sequence:
         What is computed from here on holds up to the next length of recomputing.
         """
         assert not self.num_in_flight and not self.computed
-        self._horizon = horizon(self.end, self._recompute_lengths)
+        self._set_horizon(horizon(self.end, self._recompute_lengths))
         self.is_running = True
         self.blocks.attach(found)
+        self._expect_full_block()
         self.computed = len(found) * self.blocks.block_size
         self._num_introduced = len(self.tokens)
         if not self.has_begun:
@@ -130,12 +133,15 @@ class Sequence:
         start, length = self.computed, self.end
         self.computed += count
         sample = self.computed == length
-        self.num_sampling += sample
+        if sample:
+            self.num_sampling += 1
+            self.end += 1
         self.num_in_flight += 1
         self.has_begun = True
         self.last_step = step
         new_blocks = self.blocks.extend(self.computed)
-        self._register()
+        if self.computed >= self._full_at:
+            self._register()
         return Row(self.sequence_id, start, count, length, new_blocks, sample)
 
     def accept(self, row: Row, sampled: Sampled) -> SequenceUpdate | None:
@@ -147,19 +153,15 @@ class Sequence:
         self.num_sampling -= row.sample
         if self.request.task != "generate":
             return self._accept_pooled(sampled) if row.sample else None
-        num_known = max(0, self._num_prompt_logprobs - row.start)
-        prompt_logprobs = sampled.prompt_logprobs[num_known:]
-        self._num_prompt_logprobs += len(prompt_logprobs)
-        if not row.sample and not prompt_logprobs:
-            return None
-        if row.sample:
-            self._append(row, sampled.token_id)
-            self._register()
-        reason = self._finish_reason() if row.sample else None
+        prompt_logprobs = sampled.prompt_logprobs and self._untold(row, sampled.prompt_logprobs)
+        if not row.sample:
+            return self._scored(prompt_logprobs) if prompt_logprobs else None
+        self._append(row, sampled.token_id)
+        reason = self._finish_reason()
         return SequenceUpdate(
             sequence_id=self.sequence_id,
-            token_ids=(sampled.token_id,) if row.sample else (),
-            logprobs=(sampled.logprobs,) if row.sample and sampled.logprobs else (),
+            token_ids=(sampled.token_id,),
+            logprobs=(sampled.logprobs,) if sampled.logprobs else (),
             prompt_logprobs=prompt_logprobs,
             finish_reason=reason,
             stop_reason=sampled.token_id if reason == "stop" else None,
@@ -170,7 +172,8 @@ class Sequence:
         """Forget what is computed and give the blocks back; tokens stay."""
         self.is_running = False
         self.computed = 0
-        self._horizon = sys.maxsize
+        self._set_horizon(sys.maxsize)
+        self._full_at = sys.maxsize
         self.blocks.release()
 
     def forget_in_flight(self) -> None:
@@ -178,7 +181,23 @@ class Sequence:
         self.rewind()
         self.num_in_flight = 0
         self.num_sampling = 0
+        self.end = len(self.tokens)
         self.last_step = -1
+
+    def _untold(
+        self, row: Row, prompt_logprobs: tuple[TokenLogprobs, ...]
+    ) -> tuple[TokenLogprobs, ...]:
+        """Those of a row's that were not told before a preemption."""
+        untold = prompt_logprobs[max(0, self._num_prompt_logprobs - row.start) :]
+        self._num_prompt_logprobs += len(untold)
+        return untold
+
+    def _scored(self, prompt_logprobs: tuple[TokenLogprobs, ...]) -> SequenceUpdate:
+        return SequenceUpdate(
+            sequence_id=self.sequence_id,
+            prompt_logprobs=prompt_logprobs,
+            num_cached_tokens=self._tell_cached(),
+        )
 
     def _accept_pooled(self, sampled: Sampled) -> SequenceUpdate:
         return SequenceUpdate(
@@ -192,6 +211,10 @@ class Sequence:
         told, self._num_cached_untold = self._num_cached_untold, 0
         return told
 
+    def _set_horizon(self, length: int) -> None:
+        self._horizon = length
+        self._bound = min(self.limit - 1, length)
+
     def _keys(self, first: int, end: int) -> list[bytes]:
         reach = self._horizon if self.is_running else horizon(self.end, self._recompute_lengths)
         if self._chain is None or self._chain.horizon != reach:
@@ -200,16 +223,21 @@ class Sequence:
 
     def _register(self) -> None:
         """Let blocks be found that are full by the plans made, once their tokens are known."""
-        if not self._registers or not self.is_running:
-            return
         num_full = min(self.computed, len(self.tokens)) // self.blocks.block_size
         if num_full > self.blocks.num_registered:
             self.blocks.register(self._keys(self.blocks.num_registered, num_full))
+            self._expect_full_block()
+
+    def _expect_full_block(self) -> None:
+        if self._registers:
+            self._full_at = (self.blocks.num_registered + 1) * self.blocks.block_size
 
     def _append(self, row: Row, token_id: int) -> None:
         assert token_id >= 0, f"sequence {self.sequence_id} wanted a token and got none"
         assert row.start + row.count == len(self.tokens), "a token came out of order"
         self.tokens.append(token_id)
+        if self.computed >= self._full_at:
+            self._register()
 
     def _finish_reason(self) -> FinishReason | None:
         if self.tokens[-1] in self._stop_token_ids:

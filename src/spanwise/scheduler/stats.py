@@ -67,7 +67,6 @@ class Tally:
 
     def planned(self, draft: Draft) -> None:
         """A step was planned."""
-        num_tokens = sum(row.count for row in draft.rows)
         self.num_steps += 1
         self.planned_prefill_tokens += draft.num_prefill_tokens
-        self.planned_decode_tokens += num_tokens - draft.num_prefill_tokens
+        self.planned_decode_tokens += draft.num_tokens - draft.num_prefill_tokens
