@@ -2,38 +2,17 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable
-from datetime import timedelta
 
 import pytest
 import torch
-import torch.distributed as dist
-from tests.support.ranks import drawn, expected_sum, shared_memory, together
+from tests.support.ranks import BACKENDS, Run, drawn, expected_sum
 
 from spanwise.comm.communicator import Communicator
-from spanwise.comm.process_group import GroupCommunicator, Operations
 from spanwise.comm.single import SingleCommunicator
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int8]
 SHAPES = [(), (1,), (7,), (3, 5), (2, 3, 11), (0,), (4, 0, 3), (64,), (65,), (9, 129)]
-
-
-def process_group(size: int, body: Callable[[Communicator], object]) -> list[object]:
-    """The code that runs over NCCL on cards, over gloo here."""
-    store = dist.HashStore()
-
-    def call(rank: int) -> object:
-        backend = dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=30))
-        operations = Operations(backend, f"rank {rank}", threading.Event())
-        return body(GroupCommunicator(operations, rank, size))
-
-    return together([lambda rank=rank: call(rank) for rank in range(size)])
-
-
-BACKENDS = [shared_memory, process_group]
-Run = Callable[[int, Callable[[Communicator], object]], list[object]]
 
 
 @pytest.mark.parametrize("run", BACKENDS)
@@ -80,6 +59,44 @@ def test_all_gather_of_uneven_sizes_along_every_dim(run: Run, sizes: tuple[int, 
             assert torch.equal(result[number], want), (dim, dtype)
 
 
+EXCHANGES = [
+    [[3]],
+    [[0]],
+    [[1, 1], [1, 1]],
+    [[2, 5], [0, 3]],
+    [[0, 0], [4, 0]],
+    [[0, 0], [0, 0]],
+    [[9, 0], [0, 9]],
+    [[1, 2, 3], [0, 0, 7], [5, 1, 0]],
+    [[0, 130, 1], [70, 0, 0], [0, 2, 0]],
+    [[1, 0, 2, 40], [3, 3, 0, 0], [0, 0, 0, 0], [1, 50, 1, 1]],
+]
+
+
+@pytest.mark.parametrize("run", BACKENDS)
+@pytest.mark.parametrize("sizes", EXCHANGES, ids=str)
+def test_all_to_all_of_uneven_blocks(run: Run, sizes: list[list[int]]) -> None:
+    cases = [(dtype, rest) for dtype in DTYPES for rest in [(), (1,), (3, 5), (0,), (41,)]]
+
+    def block(source: int, target: int, dtype: torch.dtype, rest: tuple[int, ...]) -> torch.Tensor:
+        return drawn((sizes[source][target], *rest), dtype, 10 * source + target)
+
+    def body(comm: Communicator) -> list[torch.Tensor]:
+        given = [
+            torch.cat([block(comm.rank, target, *case) for target in range(comm.size)])
+            for case in cases
+        ]
+        kept = [tensor.clone() for tensor in given]
+        got = [comm.all_to_all(tensor, sizes) for tensor in given]
+        assert all(torch.equal(*pair) for pair in zip(given, kept, strict=True))
+        return got
+
+    for rank, result in enumerate(run(len(sizes), body)):
+        for got, case in zip(result, cases, strict=True):
+            want = torch.cat([block(source, rank, *case) for source in range(len(sizes))])
+            assert got.dtype == want.dtype and torch.equal(got, want), case
+
+
 @pytest.mark.parametrize("run", BACKENDS)
 def test_tensors_that_are_not_contiguous(run: Run) -> None:
     def body(comm: Communicator) -> tuple[torch.Tensor, ...]:
@@ -87,7 +104,8 @@ def test_tensors_that_are_not_contiguous(run: Run) -> None:
         large = drawn((60, 31), torch.float32, comm.rank).t()
         strided = drawn((9, 8), torch.float32, comm.rank)[:, ::2]
         gathered = comm.all_gather(strided.t(), [4, 4], dim=0)
-        return comm.all_reduce(small_one), comm.all_reduce(large), gathered
+        exchanged = comm.all_to_all(strided.t(), [[1, 3], [3, 1]])
+        return comm.all_reduce(small_one), comm.all_reduce(large), gathered, exchanged
 
     first, second = run(2, body)
     a, b = (drawn((5, 4), torch.float32, rank).t() for rank in (0, 1))
@@ -97,6 +115,8 @@ def test_tensors_that_are_not_contiguous(run: Run) -> None:
         assert torch.equal(result[0], a + b)
         assert torch.equal(result[1], c + d)
         assert torch.equal(result[2], torch.cat([e, f]))
+    assert torch.equal(first[3], torch.cat([e[:1], f[:3]]))
+    assert torch.equal(second[3], torch.cat([e[1:], f[3:]]))
 
 
 @pytest.mark.parametrize("run", BACKENDS)
@@ -144,7 +164,10 @@ def test_single_copies_nothing() -> None:
     tensor = torch.ones(2, 3)
     assert comm.all_reduce(tensor) is tensor
     assert comm.all_gather(tensor, [3]) is tensor
+    assert comm.all_to_all(tensor, [[2]]) is tensor
     comm.barrier()
     assert (comm.rank, comm.size) == (0, 1)
     with pytest.raises(AssertionError):
         comm.all_gather(tensor, [2])
+    with pytest.raises(AssertionError):
+        comm.all_to_all(tensor, [[3]])

@@ -11,10 +11,14 @@ from tests.support.ranks import on_ranks, segment, shared_memory, small
 
 from spanwise.comm.communicator import Communicator, RankComm
 from spanwise.comm.shared_memory import SharedMemoryCommunicator, open_rank_comm, tiles
+from spanwise.comm.slots import SHAPES_REMEMBERED
 
 
-def test_all_gather_checks_what_it_is_given() -> None:
+def test_operations_check_what_they_are_given() -> None:
     def body(comm: Communicator) -> None:
+        for sizes in ([[1, 2], [1, 2]], [[2], [2]], [[1, 0, 1]] * 2, [[1, 1]] * 3):
+            with pytest.raises(AssertionError):
+                comm.all_to_all(torch.ones(2, 3), sizes)
         with pytest.raises(AssertionError):
             comm.all_gather(torch.ones(2, 3), [2, 2])
         with pytest.raises(AssertionError):
@@ -48,6 +52,11 @@ def test_interleaved_operations_under_random_delays() -> None:
             sizes = [number % 3, (number + 1) % 2]
             got = comm.tp.all_gather(torch.full((2, sizes[tp_rank]), tp_rank), sizes)
             assert got.tolist() == [[0] * sizes[0] + [1] * sizes[1]] * 2
+            rows = [[number % 5, number % 2], [1, (number * 11) % 40]]
+            got = comm.tp.all_to_all(torch.full((sum(rows[tp_rank]), 3), tp_rank), rows)
+            assert got.tolist() == [
+                [source] * 3 for source in (0, 1) for _ in range(rows[source][tp_rank])
+            ]
             if number % 7 == 0:
                 comm.tp.barrier()
             _pass_on(comm, stage, number)
@@ -96,6 +105,36 @@ def test_tiles_cover_a_matrix_once_and_fit(rows: int, columns: int, capacity: in
         assert 0 < part.numel() <= capacity
         part += 1
     assert seen.eq(1).all()
+
+
+def test_more_shapes_than_are_remembered() -> None:
+    def body(comm: Communicator) -> None:
+        for _ in range(2):
+            for entries in range(2 * SHAPES_REMEMBERED):
+                total = comm.all_reduce(torch.full((entries,), float(entries)))
+                assert torch.equal(total, torch.full((entries,), 3.0 * entries))
+                sizes = [entries, 0, 1]
+                joined = comm.all_gather(torch.full((sizes[comm.rank],), comm.rank), sizes)
+                assert joined.tolist() == [0] * entries + [2]
+
+    shared_memory(3, body)
+
+
+def test_results_are_no_views_of_the_slots() -> None:
+    """What was returned stays as it is while the slots are used again."""
+
+    def body(comm: Communicator) -> None:
+        given = [torch.full((2, 3), float(10 * number + comm.rank)) for number in range(6)]
+        totals = [comm.all_reduce(tensor.clone()) for tensor in given]
+        joined = [comm.all_gather(tensor, [2, 2], 0) for tensor in given]
+        exchanged = [comm.all_to_all(tensor, [[1, 1], [1, 1]]) for tensor in given]
+        for number, (total, both, halves) in enumerate(zip(totals, joined, exchanged, strict=True)):
+            ten = 10.0 * number
+            assert total.tolist() == [[2 * ten + 1] * 3] * 2
+            assert both.tolist() == [[ten] * 3] * 2 + [[ten + 1] * 3] * 2
+            assert halves.tolist() == [[ten] * 3, [ten + 1] * 3]
+
+    shared_memory(2, body)
 
 
 def test_counts_beyond_32_bits() -> None:

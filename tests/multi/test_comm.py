@@ -98,7 +98,44 @@ def test_collectives_equal_torch(size: int) -> None:
                 parts = [drawn(part, dtype, rank) for rank, part in enumerate(shapes)]
                 got = comm.tp.all_gather(parts[tp_rank], sizes, dim)
                 assert torch.equal(got, torch.cat(parts, dim))
+            rows = [[(number + 3 * to) % 5 * (to != 1) for to in range(size)]] * size
+            given = drawn((sum(rows[tp_rank]), 30), dtype, tp_rank)
+            first = sum(rows[0][:tp_rank])
+            want = [drawn((sum(rows[r]), 30), dtype, r)[first:] for r in range(size)]
+            got = comm.tp.all_to_all(given, rows)
+            assert torch.equal(got, torch.cat([part[: rows[0][tp_rank]] for part in want]))
             comm.tp.barrier()
+
+    on_ranks(small(1, size), body)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_that_drift_apart_by_less_and_more_than_a_spin(size: int) -> None:
+    """Operations of all kinds and sizes, empty and beyond a slot, with every way to wait."""
+    rounds = 400
+
+    def body(comm: RankComm, stage: int, tp_rank: int) -> None:
+        delays, same = random.Random(tp_rank), random.Random(17)
+        for number in range(rounds):
+            if delays.random() < 0.1:
+                time.sleep(delays.choice((0.0, 20e-6, 300e-6, 3e-3)))
+            entries, kind = same.choice((0, 1, 7, 64, 65, 300)), number % 4
+            parts = [drawn((entries,), torch.float32, number + rank) for rank in range(size)]
+            if kind == 0:
+                total = comm.tp.all_reduce(parts[tp_rank].clone())
+                assert torch.equal(total, expected_sum(parts))
+            elif kind == 1:
+                sizes = [len(part) // (1 + rank) for rank, part in enumerate(parts)]
+                given = [part[:entries] for part, entries in zip(parts, sizes, strict=True)]
+                got = comm.tp.all_gather(given[tp_rank], sizes)
+                assert torch.equal(got, torch.cat(given))
+            elif kind == 2:
+                rows = [[len(run) for run in part.chunk(size)] for part in parts]
+                rows = [line + [0] * (size - len(line)) for line in rows]
+                want = [part.split(line)[tp_rank] for part, line in zip(parts, rows, strict=True)]
+                assert torch.equal(comm.tp.all_to_all(parts[tp_rank], rows), torch.cat(want))
+            else:
+                comm.tp.barrier()
 
     on_ranks(small(1, size), body)
 

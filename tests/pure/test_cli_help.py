@@ -92,6 +92,7 @@ def test_every_field_has_its_flag() -> None:
         (["run", "m", "p", "--max-tokens", "many"], "--max-tokens"),
         (["run", "m", "p", "--max-tokens", "-1"], "max_tokens must be a whole number from 1"),
         (["run", "m", "p", "--dtype", "int3"], "float32"),
+        (["run", "m", "p", "--quantization", "int3"], "int8"),
         (["run", "m", "p", "--pp-layers", "5,x"], "--pp-layers"),
         (["run", "m", "p", "--kv-cache-memory", "2 apples"], "2GiB"),
         (["run", "m", "p", "--logit-bias", "{5"], "--logit-bias"),

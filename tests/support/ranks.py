@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 
 from spanwise.comm.communicator import Communicator, RankComm
+from spanwise.comm.process_group import GroupCommunicator, Operations
 from spanwise.comm.segment import SegmentLayout, create_segment, interrupt
 from spanwise.comm.shared_memory import open_rank_comm
 from spanwise.errors import WaitInterruptedError
@@ -62,6 +66,22 @@ def on_ranks(layout: SegmentLayout, body: Callable[[RankComm, int], T]) -> list[
 
 def shared_memory(size: int, body: Callable[[Communicator], object]) -> list[object]:
     return on_ranks(small(1, size), lambda comm, rank: body(comm.tp))
+
+
+def process_group(size: int, body: Callable[[Communicator], object]) -> list[object]:
+    """The code that runs over NCCL on cards, over gloo here."""
+    store = dist.HashStore()
+
+    def call(rank: int) -> object:
+        backend = dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=30))
+        operations = Operations(backend, f"rank {rank}", threading.Event())
+        return body(GroupCommunicator(operations, rank, size))
+
+    return together([lambda rank=rank: call(rank) for rank in range(size)])
+
+
+Run = Callable[[int, Callable[[Communicator], object]], list[object]]
+BACKENDS: list[Run] = [shared_memory, process_group]
 
 
 def drawn(shape: Sequence[int], dtype: torch.dtype, seed: int) -> torch.Tensor:

@@ -1,1 +1,1 @@
-"""Measurements of running servers: ``spanwise bench``."""
+"""Measurements of servers, engines, devices and attention: ``spanwise bench``."""

@@ -41,6 +41,11 @@ class Lengths(msgspec.Struct, frozen=True):
         return chosen.low + int(within * (chosen.high - chosen.low + 1))
 
 
+def fixed(length: int) -> Lengths:
+    """Always the same length."""
+    return Lengths((LengthRange(length, length),))
+
+
 def parse_lengths(name: str, text: str) -> Lengths:
     """Read "128", "32:256" or a mix "32@3,8:16@1", weights after the @. Raises InputError."""
     matches = [_PART.fullmatch(part.strip()) for part in text.split(",")]

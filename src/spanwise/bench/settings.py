@@ -10,6 +10,7 @@ import msgspec
 
 from spanwise.bench.goodput import GoodputLimits
 from spanwise.bench.lengths import Lengths
+from spanwise.bench.numbers import at_least
 from spanwise.errors import InputError
 
 Endpoint = Literal["completions", "chat"]
@@ -49,9 +50,9 @@ class ServeSettings(msgspec.Struct, frozen=True, kw_only=True):
             )
         if (self.request_rate is None) == (self.concurrency is None):
             raise InputError("give one of request_rate and concurrency")
-        _at_least("num_requests", self.num_requests, 1)
-        _at_least("concurrency", self.concurrency, 1)
-        _at_least("num_warmup", self.num_warmup, 0)
+        at_least("num_requests", self.num_requests, 1)
+        at_least("concurrency", self.concurrency, 1)
+        at_least("num_warmup", self.num_warmup, 0)
         if self.request_rate is not None and not self.request_rate > 0:
             raise InputError(f"request_rate must be above 0, got {self.request_rate:g}")
         if not 0 < self.timeout_s < math.inf:
@@ -61,8 +62,3 @@ class ServeSettings(msgspec.Struct, frozen=True, kw_only=True):
     def server_url(self) -> str:
         """The base URL without a slash or ``/v1`` at its end."""
         return self.base_url.rstrip("/").removesuffix("/v1")
-
-
-def _at_least(name: str, value: int | None, low: int) -> None:
-    if value is not None and value < low:
-        raise InputError(f"{name} must be {low} or more, got {value}")

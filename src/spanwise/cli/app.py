@@ -55,7 +55,12 @@ Examples:
 _BENCH_EXAMPLES = """\
 Examples:
   spanwise bench serve --base-url http://localhost:8000 --concurrency 64
-  spanwise bench serve --base-url http://localhost:8000 --help
+  spanwise bench latency spanwise/tiny-dense --batch-size 4
+  spanwise bench scaling MODEL_FOLDER --devices 1,2
+  spanwise bench attention
+
+All but serve also write bench-results/NAME.json, and NAME.png with matplotlib:
+  pip install "spanwise[bench]"
 """
 _BENCH_SERVE_EXAMPLES = """\
 Examples:
@@ -69,6 +74,43 @@ A line of prompts.jsonl is one of these; fields of the request may stand beside:
   {"prompt": "def main(", "max_tokens": 64}
   {"prompt_token_ids": [5, 6, 7]}
   {"messages": [{"role": "user", "content": "Say hello."}]}
+"""
+_BENCH_LATENCY_EXAMPLES = """\
+Examples:
+  spanwise bench latency spanwise/tiny-dense
+  spanwise bench latency MODEL_FOLDER --batch-size 8 --input-len 512 -tp 2
+"""
+_BENCH_THROUGHPUT_EXAMPLES = """\
+Examples:
+  spanwise bench throughput spanwise/tiny-dense --num-prompts 32
+  spanwise bench throughput MODEL_FOLDER --input-len 32:512 \\
+    --output-len 16@3,256@1 -pp 2 --devices cpu:2
+"""
+_BENCH_STARTUP_EXAMPLES = """\
+Examples:
+  spanwise bench startup spanwise/tiny-dense
+  spanwise bench startup MODEL_FOLDER --cold -tp 2 --devices cuda:0,1
+"""
+_BENCH_SCALING_EXAMPLES = """\
+Examples:
+  spanwise bench scaling spanwise/tiny-dense --devices 1,2
+  spanwise bench scaling MODEL_FOLDER --devices 1,2,4 --device cuda \\
+    --layouts tp,pp --workloads 1024/16,128/128 --num-prompts 64 --runs 5
+"""
+_BENCH_ATTENTION_EXAMPLES = """\
+Examples:
+  spanwise bench attention
+  spanwise bench attention --lengths 1024,2048 --heads 16 --dtype bfloat16
+"""
+_BENCH_BATCH_EXAMPLES = """\
+Examples:
+  spanwise bench batch spanwise/tiny-dense
+  spanwise bench batch MODEL_FOLDER --batch-sizes 1,2,4,8,16,32,64 -tp 2
+"""
+_BENCH_METHODS_EXAMPLES = """\
+Examples:
+  spanwise bench methods spanwise/tiny-moe
+  spanwise bench methods MODEL_FOLDER --devices 4 --device cuda
 """
 
 
@@ -115,7 +157,7 @@ app.command(
 )
 bench = App(
     name="bench",
-    help="Measure servers.",
+    help="Measure servers, engines, layouts and attention.",
     help_epilogue=_BENCH_EXAMPLES,
 )
 app.command(bench)
@@ -124,4 +166,46 @@ bench.command(
     name="serve",
     help="Measure any server that speaks OpenAI's protocol, from outside.",
     help_epilogue=_BENCH_SERVE_EXAMPLES,
+)
+bench.command(
+    "spanwise.cli.bench_engine:latency",
+    name="latency",
+    help="Measure how long one batch takes: first token, each token, end to end.",
+    help_epilogue=_BENCH_LATENCY_EXAMPLES,
+)
+bench.command(
+    "spanwise.cli.bench_engine:throughput",
+    name="throughput",
+    help="Measure requests and tokens a second with all prompts given at once.",
+    help_epilogue=_BENCH_THROUGHPUT_EXAMPLES,
+)
+bench.command(
+    "spanwise.cli.bench_engine:startup",
+    name="startup",
+    help="Measure the time from a process's start to its first token, by phase.",
+    help_epilogue=_BENCH_STARTUP_EXAMPLES,
+)
+bench.command(
+    "spanwise.cli.bench_devices:scaling",
+    name="scaling",
+    help="Measure what more devices bring: data, tensor and pipeline parallel.",
+    help_epilogue=_BENCH_SCALING_EXAMPLES,
+)
+bench.command(
+    "spanwise.cli.bench_attention:attention",
+    name="attention",
+    help="Measure memory and time of standard against flash attention.",
+    help_epilogue=_BENCH_ATTENTION_EXAMPLES,
+)
+bench.command(
+    "spanwise.cli.bench_engine:batch",
+    name="batch",
+    help="Measure throughput and latency against the batch size.",
+    help_epilogue=_BENCH_BATCH_EXAMPLES,
+)
+bench.command(
+    "spanwise.cli.bench_devices:methods",
+    name="methods",
+    help="Measure every way to spread one model over the same devices.",
+    help_epilogue=_BENCH_METHODS_EXAMPLES,
 )

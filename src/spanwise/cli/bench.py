@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
 import sys
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from cyclopts import Group, Parameter
 
+from spanwise.cli.bench_progress import ProgressLine
 from spanwise.cli.client_key import client_key
 from spanwise.cli.notes import Notes
 from spanwise.errors import InputError, SpanwiseError
@@ -105,10 +105,10 @@ def serve(
         goodput=None if goodput is None else parse_goodput(goodput),
     )
     _check_place(json_name)
-    line = _ProgressLine(quiet)
+    line = ProgressLine(quiet)
     watcher = Watcher(Notes(quiet).line, line.show)
     measurement = measure(settings, client_key(api_key), watcher, lines)
-    line.show("")
+    line.clear()
     print_report(measurement)
     if json_name is not None:
         Path(json_name).write_bytes(json_report(measurement))
@@ -134,18 +134,3 @@ def _check_place(name: str | None) -> None:
     """Refuse, before the measurement, a file that could not be written after it."""
     if name is not None and (Path(name).is_dir() or not Path(name).parent.is_dir()):
         raise InputError(f"--json {name} cannot be written: not a file in a folder that is there")
-
-
-class _ProgressLine:
-    """One line on a terminal, written over itself.
-
-    By hand: rich draws from a thread of its own, which would make the measured times uneven.
-    """
-
-    def __init__(self, quiet: bool) -> None:
-        self._is_shown = sys.stderr.isatty() and not quiet
-
-    def show(self, text: str) -> None:
-        """Show a text in place of the last; none clears the line."""
-        if self._is_shown:
-            os.write(sys.stderr.fileno(), f"\r\x1b[2K{text}".encode())

@@ -10,6 +10,7 @@ from cyclopts import Group, Parameter
 
 from spanwise.cli.byte_size import parse_bytes
 from spanwise.cli.numbers import parse_whole_numbers
+from spanwise.types.worker import Quantization
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -40,6 +41,10 @@ class EngineFlags:
         Parameter(help="cpu, cpu:4, cuda, cuda:0,1 or cuda:0*2. Default: all cards, else the CPU."),
     ] = None
     dtype: Annotated[Dtype, Parameter(help="Numbers to compute with; auto: the model's.")] = "auto"
+    quantization: Annotated[
+        Quantization | None,
+        Parameter(help="int8: the layers' linears in 8 bits, on CPU devices. Default: none."),
+    ] = None
     max_model_len: Annotated[
         int | None,
         Parameter(help="Longest sequence in tokens. Default: the model's, or less."),

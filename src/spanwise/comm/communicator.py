@@ -34,6 +34,14 @@ class Communicator(Protocol):
         """Concatenate along ``dim``; rank r gives ``sizes[r]`` entries there (0 is allowed)."""
         ...
 
+    def all_to_all(self, tensor: torch.Tensor, sizes: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Give each rank some rows (entries along dim 0); return what they give to this one.
+
+        Rank r gives ``sizes[r][s]`` rows to rank s (0 is allowed; also to itself). ``tensor`` holds
+        this rank's for rank 0, for rank 1 and so on; the result those from rank 0, from rank 1 ...
+        """
+        ...
+
     def barrier(self) -> None:
         """Return when every rank has come here."""
         ...

@@ -52,7 +52,7 @@ class Backend(Protocol):
         given_sizes: Sequence[int],
         /,
     ) -> Work:
-        """Entry r of ``given`` to rank r; no sizes mean equal ones."""
+        """The r-th run of rows of ``given`` to rank r; no sizes mean equal ones."""
         ...
 
     def send(self, tensors: Sequence[torch.Tensor], to_rank: int, tag: int, /) -> Work:
@@ -150,6 +150,19 @@ class GroupCommunicator:
         rows = self._gather_equal(_padded(tensor.reshape(-1), longest))
         parts = [row[: shape.numel()].view(shape) for row, shape in zip(rows, shapes, strict=True)]
         return torch.cat(parts, dim=dim)
+
+    def all_to_all(self, tensor: torch.Tensor, sizes: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Give rank s its ``sizes[rank][s]`` rows; return what the ranks give to this one."""
+        assert [len(line) for line in sizes] == [self._size] * self._size, sizes
+        given, taken = list(sizes[self._rank]), [line[self._rank] for line in sizes]
+        assert len(tensor) == sum(given), (tensor.shape, given)
+        out = tensor.new_empty((sum(taken), *tensor.shape[1:]))
+        if any(map(any, sizes)) and tensor.shape[1:].numel():
+            backend, rows = self._operations.backend, tensor.contiguous()
+            self._operations.run(
+                "all_to_all", lambda: backend.alltoall_base(out, rows, taken, given)
+            )
+        return out
 
     def barrier(self) -> None:
         """Return when every rank has come here; the host waits."""

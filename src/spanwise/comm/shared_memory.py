@@ -21,10 +21,16 @@ from spanwise.comm.segment import Channel, Segment
 from spanwise.comm.single import SingleCommunicator
 from spanwise.comm.slots import Slots
 from spanwise.comm.staging import to_host
+from spanwise.comm.turns import Turns, most_rows, part_of
 
 
 class SharedMemoryCommunicator:
-    """The collectives of one group. A card's tensors are staged through page-locked memory."""
+    """The collectives of one group. A card's tensors are staged through page-locked memory.
+
+    What fits the slots takes a copy into the own one, a meeting, and one operation that reads the
+    others: all else that depends on shapes only is kept from the last time. The rest goes in
+    pieces.
+    """
 
     def __init__(self, counters: Counters, slots: Slots, rank: int, size: int) -> None:
         self._counters = counters
@@ -33,6 +39,7 @@ class SharedMemoryCommunicator:
         self._size = size
         self._others = [other for other in range(size) if other != rank]
         self._count = 0
+        self._turns = Turns(slots, rank, size)
 
     @property
     def rank(self) -> int:
@@ -46,22 +53,64 @@ class SharedMemoryCommunicator:
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks, in rank order, in place; float16 and bfloat16 are rounded once."""
+        turns = self._turns.equal(tensor.dtype, tensor.shape) if tensor.is_cpu else None
+        if turns is None:
+            return self._all_reduce_in_pieces(tensor)
+        views = turns[self._count % 2]
+        views[self._rank].copy_(tensor)
+        self._meet("all_reduce")
+        if self._size == 2:  # a sum of two is the same from either side
+            return tensor.add_(views[1 - self._rank])
+        return ordered_sum(views, out=tensor)
+
+    def all_gather(self, tensor: torch.Tensor, sizes: Sequence[int], dim: int = -1) -> torch.Tensor:
+        """Concatenate along ``dim``; rank r gives ``sizes[r]`` entries there (0 is allowed)."""
+        shape = tensor.shape
+        dim %= len(shape)
+        assert len(sizes) == self._size and shape[dim] == sizes[self._rank], (sizes, dim)
+        if not tensor.is_cpu:
+            return self.all_gather(to_host(tensor), sizes, dim).to(tensor.device)
+        turns = self._turns.uneven(tensor.dtype, shape, tuple(sizes), dim)
+        if turns is None:
+            return self._all_gather_in_tiles(tensor, sizes, dim)
+        views = turns[self._count % 2]
+        views[self._rank].copy_(tensor)
+        self._meet("all_gather")
+        return torch.cat(views, dim)
+
+    def all_to_all(self, tensor: torch.Tensor, sizes: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Give rank s its ``sizes[rank][s]`` rows; return what the ranks give to this one."""
+        assert [len(line) for line in sizes] == [self._size] * self._size, sizes
+        rank, rows = self._rank, sizes[self._rank]
+        assert len(tensor) == sum(rows), (tensor.shape, rows)
+        if not tensor.is_cpu:
+            return self.all_to_all(to_host(tensor), sizes).to(tensor.device)
+        turns = self._turns.crossed(tensor.dtype, tensor.shape[1:], tuple(map(tuple, sizes)))
+        if turns is None:
+            return self._all_to_all_in_pieces(tensor, sizes)
+        gives, takes = turns[self._count % 2]
+        blocks = list(torch.split(tensor, list(rows)))
+        own = blocks.pop(rank)
+        for view, block in zip(gives, blocks, strict=True):
+            view.copy_(block)
+        self._meet("all_to_all")
+        return torch.cat([*takes[:rank], own, *takes[rank:]])
+
+    def barrier(self) -> None:
+        """Return when every rank has come here."""
+        self._meet("barrier")
+
+    def _all_reduce_in_pieces(self, tensor: torch.Tensor) -> torch.Tensor:
         large = tensor.nbytes > self._slots.slot_bytes
         if not tensor.is_cpu or (large and not tensor.is_contiguous()):
             return tensor.copy_(self.all_reduce(to_host(tensor)), non_blocking=True)
         for piece in self._slots.pieces(tensor):
-            views = self._slots.views(piece.dtype, piece.shape)[self._count % 2 :: 2]
-            views[self._rank].copy_(piece)
-            self._meet("all_reduce")
-            ordered_sum(views, out=piece)
+            self.all_reduce(piece)
         return tensor
 
-    def all_gather(self, tensor: torch.Tensor, sizes: Sequence[int], dim: int = -1) -> torch.Tensor:
-        """Concatenate along ``dim``; rank r gives ``sizes[r]`` entries there (0 is allowed)."""
-        dim %= tensor.dim()
-        assert len(sizes) == self._size and tensor.shape[dim] == sizes[self._rank], (sizes, dim)
-        if not tensor.is_cpu:
-            return self.all_gather(to_host(tensor), sizes, dim).to(tensor.device)
+    def _all_gather_in_tiles(
+        self, tensor: torch.Tensor, sizes: Sequence[int], dim: int
+    ) -> torch.Tensor:
         before, after = tensor.shape[:dim], tensor.shape[dim + 1 :]
         out = tensor.new_empty((*before, sum(sizes), *after))
         if out.numel():
@@ -69,10 +118,6 @@ class SharedMemoryCommunicator:
             bands = torch.split(out.view(rows, sum(columns)), columns, dim=1)
             self._gather(tensor.reshape(rows, columns[self._rank]), bands)
         return out
-
-    def barrier(self) -> None:
-        """Return when every rank has come here."""
-        self._meet("barrier")
 
     def _gather(self, own: torch.Tensor, bands: Sequence[torch.Tensor]) -> None:
         """Fill ``bands[r]`` (``[rows, columns of r]``) with what rank r gives; ``own`` is ours."""
@@ -89,11 +134,35 @@ class SharedMemoryCommunicator:
             slot = self._slots.views(part.dtype, part.shape)[2 * member + parity]
             (slot if into_slot else part).copy_(part if into_slot else slot)
 
+    def _all_to_all_in_pieces(
+        self, tensor: torch.Tensor, sizes: Sequence[Sequence[int]]
+    ) -> torch.Tensor:
+        rank, width = self._rank, math.prod(tensor.shape[1:])
+        taken = [line[rank] for line in sizes]
+        out = tensor.new_empty((sum(taken), *tensor.shape[1:]))
+        gives = torch.split(tensor.reshape(-1), [count * width for count in sizes[rank]])
+        takes = torch.split(out.view(-1), [count * width for count in taken])
+        takes[rank].copy_(gives[rank])
+        part = self._slots.slot_bytes // tensor.itemsize // (self._size - 1)
+        assert part > 0, f"slots of {self._slots.slot_bytes} bytes for {self._size} ranks"
+        slots = self._slots.views(tensor.dtype, torch.Size((self._size - 1, part)))
+        for start in range(0, most_rows(sizes) * width, part):
+            views = slots[self._count % 2 :: 2]
+            for other in self._others:
+                block = gives[other][start : start + part]
+                views[rank][part_of(rank, other), : len(block)].copy_(block)
+            self._meet("all_to_all")
+            for other in self._others:
+                block = takes[other][start : start + part]
+                block.copy_(views[other][part_of(other, rank), : len(block)])
+        return out
+
     def _meet(self, operation: str) -> None:
-        self._count += 1
-        self._counters.publish(self._count)
+        self._count = count = self._count + 1
+        counters = self._counters
+        counters.publish(count)
         for other in self._others:
-            self._counters.wait_for(other, self._count, operation)
+            counters.wait_for(other, count, operation)
 
 
 class Tile(NamedTuple):

@@ -2,38 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
 
 from spanwise.comm.segment import Channel, Segment
 
-_SHAPES_REMEMBERED = 64
+SHAPES_REMEMBERED = 64
+"""How many shapes' views are kept: making one costs more than a small copy."""
+
+Views = Callable[[torch.dtype, torch.Size], list[torch.Tensor]]
 
 
 class Slots:
     """Hands out views of a channel's slots.
 
-    Those of recent shapes are kept: making one costs more than a small copy.
+    ``views(dtype, shape)`` is every slot as a tensor, which must fit; those of recent shapes are
+    kept.
     """
 
     def __init__(self, segment: Segment, channel: Channel) -> None:
         self.slot_bytes = channel.slot_bytes
         whole = _bytes_of_slots(segment, channel)
 
-        @lru_cache(_SHAPES_REMEMBERED)
+        @lru_cache(SHAPES_REMEMBERED)
         def views(dtype: torch.dtype, shape: torch.Size) -> list[torch.Tensor]:
-            size = shape.numel() * dtype.itemsize
-            # A view born in inference mode could not be written outside of it.
-            with torch.inference_mode(False):
-                return [slot[:size].view(dtype).view(shape) for slot in whole]
+            return [_view(slot, dtype, shape) for slot in whole]
 
-        self._views = views
+        self.views: Views = views
+        self._whole = whole
 
-    def views(self, dtype: torch.dtype, shape: torch.Size) -> list[torch.Tensor]:
-        """Every slot of the channel as a tensor that fits one slot."""
-        return self._views(dtype, shape)
+    def view(
+        self, index: int, dtype: torch.dtype, shape: torch.Size, start: int = 0
+    ) -> torch.Tensor:
+        """A slot from its byte ``start`` on as a tensor, which must fit; not kept."""
+        return _view(self._whole[index][start:], dtype, shape)
 
     def pieces(self, tensor: torch.Tensor) -> Sequence[torch.Tensor]:
         """Views of ``tensor`` that fit a slot each; none for an empty tensor.
@@ -43,6 +47,12 @@ class Slots:
         if tensor.nbytes <= self.slot_bytes:
             return (tensor,) if tensor.nbytes else ()
         return torch.split(tensor.view(-1), self.slot_bytes // tensor.itemsize)
+
+
+def _view(slot: torch.Tensor, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
+    # A view born in inference mode could not be written outside of it.
+    with torch.inference_mode(False):
+        return slot[: shape.numel() * dtype.itemsize].view(dtype).view(shape)
 
 
 def _bytes_of_slots(segment: Segment, channel: Channel) -> list[torch.Tensor]:

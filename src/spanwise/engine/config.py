@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
@@ -11,19 +11,22 @@ from spanwise.control.admission import AdmissionLimits
 from spanwise.errors import InputError
 from spanwise.layout.request import LayoutRequest
 from spanwise.scheduler.config import Batching
+from spanwise.types.worker import Quantization
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """A model, devices, a layout and limits; None leaves a choice to the engine.
 
     ``kv_cache_memory`` is in bytes, for all devices of one host together. ``batching`` and its
-    two limits are the scheduler's, see ``SchedulerConfig``.
+    two limits are the scheduler's, see ``SchedulerConfig``. ``quantization`` rounds the
+    weights of the decoder layers' linears as they are loaded.
     """
 
     model: str
     devices: str | None = None
     layout: LayoutRequest = LayoutRequest()
     dtype: str = "auto"
+    quantization: Quantization | None = None
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_step_tokens: int = 512
@@ -35,12 +38,17 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     batch_window_s: float = 0.1
 
     def __post_init__(self) -> None:
-        """Raise InputError for a limit below 1."""
+        """Raise InputError for a limit below 1 or an unknown quantization."""
         for name in ("max_model_len", "max_num_seqs", "max_step_tokens", "block_size",
                      "kv_cache_memory"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}")
+        known = get_args(Quantization)
+        if self.quantization is not None and self.quantization not in known:
+            raise InputError(
+                f"quantization {self.quantization!r} is not known; use {', '.join(known)}"
+            )
 
 
 def engine_config(

@@ -11,7 +11,7 @@ import msgspec
 from spanwise.comm.segment import SegmentLayout
 from spanwise.cost.card import card_cache_bytes
 from spanwise.cost.memory import CacheWish, RankMemory, arena_bytes, size_cache
-from spanwise.device.devices import cuda_cards, host_memory, parse_devices
+from spanwise.device.devices import cpu_hint, cuda_cards, host_memory, parse_devices
 from spanwise.engine.config import EngineConfig
 from spanwise.errors import DeviceError, InputError
 from spanwise.layout.layout import plan_layout
@@ -34,6 +34,7 @@ Progress = Callable[[str], None]
 _MARGIN_SHARE = 0.1
 _MARGIN_BYTES = 256 << 20
 _LINE = 64
+_QUANTIZED_DTYPES = ("bfloat16", "float32")
 _CLOSE_TIMEOUT_S = 5.0
 
 
@@ -47,7 +48,10 @@ class DeviceUse(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EnginePlan(msgspec.Struct, frozen=True, kw_only=True):
-    """What was decided at start: shown to the user, and fixed from then on."""
+    """What was decided at start: shown to the user, and fixed from then on.
+
+    ``dtype`` names the quantization too: "bfloat16 + int8".
+    """
 
     model: str
     architecture: str
@@ -94,6 +98,7 @@ def launch(
     wanted = config.layout.degrees(1)
     devices = parse_devices(config.devices, wanted.dp * wanted.pp * wanted.tp)
     degrees = config.layout.degrees(len(devices))
+    _check_quantized_devices(config, devices)
     alone = degrees.dp * degrees.pp * degrees.tp == 1 and devices[0].kind == "cpu"
     if alone and shared is None:
         return _Launch(config, folder, devices, progress, None).run()
@@ -131,6 +136,7 @@ class _Launch:
         """Go through the start."""
         self.progress("reading the model's config")
         self.facts = self._describe()
+        _check_quantized_dtype(self.config, self.facts)
         self.layout = plan_layout(self.config.layout, self.facts, len(self.devices))
         self.used = tuple(self.devices[: self.layout.num_ranks])
         self.max_step_tokens = max(self.config.max_step_tokens, self.config.max_num_seqs)
@@ -183,6 +189,7 @@ class _Launch:
             tp_rank=place.tp,
             tp_size=self.layout.tp,
             expert_parallel=self.layout.expert_parallel,
+            quantization=self.config.quantization,
         )
 
     def _load(self) -> None:
@@ -339,6 +346,10 @@ class _Launch:
             batch_window_s=self.config.batch_window_s,
         )
 
+    def _numbers(self) -> str:
+        quantization = self.config.quantization
+        return self.facts.dtype + (f" + {quantization}" if quantization else "")
+
     def _plan(self) -> EnginePlan:
         ranks = []
         for place, device in zip(self.layout.places, self.used, strict=True):
@@ -357,13 +368,30 @@ class _Launch:
         return EnginePlan(
             model=self.config.model,
             architecture=self.facts.architecture,
-            dtype=self.facts.dtype,
+            dtype=self._numbers(),
             layout=self.layout.describe(),
             max_model_len=self.max_model_len,
             cache_tokens=blocks * self.cache.block_size,
             ranks=tuple(ranks),
             idle_devices=tuple(str(self.devices[i]) for i in self.layout.idle_devices),
             replicated=tuple(sorted(whole)),
+        )
+
+
+def _check_quantized_devices(config: EngineConfig, devices: Sequence[DeviceSpec]) -> None:
+    card = next((device for device in devices if device.kind == "cuda"), None)
+    if config.quantization is not None and card is not None:
+        raise DeviceError(
+            f"quantization {config.quantization} is for CPU devices, not for {card}; leave it out "
+            f"or use {cpu_hint()}"
+        )
+
+
+def _check_quantized_dtype(config: EngineConfig, facts: ModelFacts) -> None:
+    if config.quantization is not None and facts.dtype not in _QUANTIZED_DTYPES:
+        raise InputError(
+            f"quantization {config.quantization} computes in {' or '.join(_QUANTIZED_DTYPES)}, not "
+            f"in {facts.dtype}; use --dtype bfloat16"
         )
 
 

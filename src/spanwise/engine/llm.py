@@ -21,6 +21,7 @@ from spanwise.errors import EngineError, InputError
 from spanwise.model.folder import read_config, read_generation_config, resolve_model
 from spanwise.types.outputs import RequestOutput
 from spanwise.types.sampling import SamplingParams
+from spanwise.types.worker import Quantization
 from spanwise.worker.supervisor import Supervisor
 
 
@@ -36,6 +37,7 @@ class LLM:
         enable_expert_parallel: whole experts on each tensor-parallel rank, not slices of each.
         pp_layers: layers of each stage by hand.
         dtype: ``auto`` (the model's), ``float32``, ``bfloat16``, ``float16``.
+        quantization: ``int8``: the layers' linears in 8 bits, on CPU devices. None: as loaded.
         max_model_len: longest sequence in tokens; None: what the model was made for, or fits.
         max_num_seqs: sequences computed at once in a replica.
         max_step_tokens: tokens computed in one step; prompts are cut to it.
@@ -61,6 +63,7 @@ class LLM:
         enable_expert_parallel: bool = False,
         pp_layers: Sequence[int] | None = None,
         dtype: str = "auto",
+        quantization: Quantization | None = None,
         max_model_len: int | None = None,
         max_num_seqs: int = 64,
         max_step_tokens: int = 512,
@@ -79,6 +82,7 @@ class LLM:
             enable_expert_parallel=enable_expert_parallel,
             pp_layers=pp_layers,
             dtype=dtype,
+            quantization=quantization,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_step_tokens=max_step_tokens,

@@ -318,14 +318,13 @@ class _Linears:
     def joined(self, linears: Sequence[nn.Linear]) -> Linear:
         """Linears of one input as one, their columns side by side."""
         self.replaced += linears
-        weights: list[torch.Tensor] = [linear.weight for linear in linears]
-        weight = torch.cat(weights)
+        weight = torch.cat(tuple(linear.weight for linear in linears))
         if all(linear.bias is None for linear in linears):
             return self._make(weight, None)
-        biases = [
+        biases = tuple(
             torch.zeros_like(linear.weight[:, 0]) if linear.bias is None else linear.bias
             for linear in linears
-        ]
+        )
         return self._make(weight, torch.cat(biases))
 
     def back(self, module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -1,4 +1,4 @@
-"""A loaded model in the form that its device computes fastest; its numbers stay the same."""
+"""A loaded model in the form that its device computes fastest."""
 
 from __future__ import annotations
 
@@ -9,38 +9,106 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from spanwise.device.int8 import Int8Linear
 from spanwise.device.linear import Linear, make_linear
+from spanwise.model import tables
 from spanwise.model.attention import LayerAttention
 from spanwise.model.flat import Flattener, LayerParts
 from spanwise.model.parallel import GatheredLinear, RowParallel, is_linear, replace_forward
 from spanwise.model.probe import Probe
 from spanwise.model.stage import replace_own_forward
+from spanwise.types.worker import Quantization
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def prepare(model: PreTrainedModel, seen: Probe, handlers: dict[int, LayerAttention]) -> int:
+def prepare(
+    model: PreTrainedModel,
+    seen: Probe,
+    handlers: dict[int, LayerAttention],
+    quantization: Quantization | None,
+) -> int:
     """Flatten the layers that can be, and pack every linear. Call once, when all is loaded.
 
     ``handlers``: those of the layers that are here. The weights as they were loaded are let go.
-    Returns by how many bytes the model has grown: a head that shares the embedding's weight gets
-    one of its own.
+    Returns by how many bytes the model has grown: by a head that shared the embedding's weight and
+    gets one of its own; less what quantization saves.
     """
-    config = model.config.get_text_config()
-    flattener = Flattener(int(config.hidden_size), make_linear)
-    for index, handler in handlers.items():
-        name, attention = f"{seen.layers_name}.{index}", seen.attention[index]
-        layer = model.get_submodule(name)
-        inside = attention.name.removeprefix(f"{name}.")
+    return _Preparation(model, seen, quantization).run(handlers)
+
+
+class _Preparation:
+    def __init__(
+        self, model: PreTrainedModel, seen: Probe, quantization: Quantization | None
+    ) -> None:
+        self._model, self._seen, self._quantization = model, seen, quantization
+        self._grown = 0
+
+    def run(self, handlers: dict[int, LayerAttention]) -> int:
+        flattener = Flattener(int(self._model.config.get_text_config().hidden_size), self._of_layer)
+        for index, handler in handlers.items():
+            self._flatten(index, handler, flattener)
+        self._pack()
+        return self._grown
+
+    def _flatten(self, index: int, handler: LayerAttention, flattener: Flattener) -> None:
+        name, attention = f"{self._seen.layers_name}.{index}", self._seen.attention[index]
         if handler.spec.kind == "latent" or attention.value_dim != attention.query_dim:
-            continue
-        rotated = int(attention.query_dim * _rotary_share(model))
-        parts = LayerParts(layer, inside, handler, attention.query_dim, rotated, seen.returns_tuple)
+            return
+        layer = self._model.get_submodule(name)
+        parts = LayerParts(
+            layer,
+            attention.name.removeprefix(f"{name}."),
+            handler,
+            attention.query_dim,
+            int(attention.query_dim * _rotary_share(self._model)),
+            self._seen.returns_tuple,
+        )
         flat = flattener.flatten(parts)
         if flat is not None:
             replace_own_forward(layer, flat)
             _let_go(flat.replaced)
-    return _pack(model)
+
+    def _pack(self) -> None:
+        """Pack the linears that are left, each where it stands."""
+        shared = {id(m.weight) for m in self._model.modules() if isinstance(m, nn.Embedding)}
+        for name, module in self._model.named_modules():
+            if not is_linear(module):
+                continue
+            assert isinstance(module, nn.Linear | Conv1D)
+            if module.weight.is_meta:
+                continue
+            forward = module.__dict__.get("forward")
+            if isinstance(forward, RowParallel):
+                forward.product = self._linear(name, module, with_bias=False)
+            elif isinstance(forward, GatheredLinear):
+                forward.forward = self._linear(name, module)
+            elif forward is None:
+                replace_forward(module, self._linear(name, module))
+            else:
+                continue
+            self._grown += module.weight.nbytes if id(module.weight) in shared else 0
+            _let_go([module])
+
+    def _linear(self, name: str, module: nn.Linear | Conv1D, with_bias: bool = True) -> Linear:
+        weight = module.weight.t() if isinstance(module, Conv1D) else module.weight
+        in_layer = name.startswith(f"{self._seen.layers_name}.")
+        is_router = name.rpartition(".")[2] in tables.ROUTERS
+        make = self._of_layer if in_layer and not is_router else self._as_loaded
+        return make(weight, module.bias if with_bias else None)
+
+    def _of_layer(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+        """A linear of a decoder layer, which may be quantized."""
+        if self._quantization is None or not weight.numel():
+            return self._as_loaded(weight, bias)
+        return self._counted(Int8Linear(weight, bias), weight)
+
+    def _as_loaded(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+        return self._counted(make_linear(weight, bias), weight)
+
+    def _counted(self, linear: Linear, weight: torch.Tensor) -> Linear:
+        self._grown += linear.num_bytes - weight.nbytes
+        return linear
 
 
 def _rotary_share(model: PreTrainedModel) -> float:
@@ -48,34 +116,6 @@ def _rotary_share(model: PreTrainedModel) -> float:
     parameters = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     share = parameters.get("partial_rotary_factor", 1.0)
     return float(share) if isinstance(share, int | float) else 1.0
-
-
-def _pack(model: PreTrainedModel) -> int:
-    """Pack the linears that are left, each where it stands."""
-    shared = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    grown = 0
-    for module in model.modules():
-        if not is_linear(module) or module.weight.is_meta:
-            continue
-        forward = module.__dict__.get("forward")
-        if isinstance(forward, RowParallel):
-            forward.product = _linear(module, with_bias=False)
-        elif isinstance(forward, GatheredLinear):
-            forward.forward = _linear(module)
-        elif forward is None:
-            replace_forward(module, _linear(module))
-        else:
-            continue
-        assert isinstance(module.weight, torch.Tensor)
-        grown += module.weight.nbytes if id(module.weight) in shared else 0
-        _let_go([module])
-    return grown
-
-
-def _linear(module: nn.Module, with_bias: bool = True) -> Linear:
-    assert isinstance(module, nn.Linear | Conv1D)
-    weight = module.weight.t() if isinstance(module, Conv1D) else module.weight
-    return make_linear(weight, module.bias if with_bias else None)
 
 
 def _let_go(modules: Sequence[nn.Module]) -> None:

@@ -72,7 +72,7 @@ class Shard:
 
     def prepare(self, seen: Probe) -> None:
         """Bring the loaded weights into the form that their device computes fastest."""
-        self.weight_bytes += prepare(self.model, seen, self._attention)
+        self.weight_bytes += prepare(self.model, seen, self._attention, self.spec.quantization)
 
     def info(self) -> ShardInfo:
         """What the engine needs to know to size the cache; the same before weights are loaded."""

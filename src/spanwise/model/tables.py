@@ -63,6 +63,9 @@ BACK_PROJECTIONS = {
     "down_proj", "c_proj", "fc2", "fc_out", "w2", "wo", "dense_4h_to_h", "proj_out", "lin2",
 }  # fmt: skip
 
+# Linears that choose among experts, or weigh one: a rounding there sends tokens elsewhere.
+ROUTERS = {"gate", "router", "shared_expert_gate", "wg"}
+
 # Attributes of attention modules that count heads or columns and follow the rank's share.
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_head", "n_heads", "num_q_heads")
 KV_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")

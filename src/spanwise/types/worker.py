@@ -8,6 +8,8 @@ import msgspec
 
 from spanwise.types.cache import CacheLayout, LayerCache
 
+Quantization = Literal["int8"]
+
 
 class DeviceSpec(msgspec.Struct, frozen=True, kw_only=True):
     """One device of one worker.
@@ -41,7 +43,8 @@ class ShardSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     The rank owns the decoder layers ``first_layer`` to ``end_layer`` (exclusive), of which it holds
     the ``tp_rank``-th of ``tp_size`` shares; ``expert_parallel`` gives whole experts instead of
-    slices of each. ``dtype`` is a torch name ("float32").
+    slices of each. ``dtype`` is a torch name ("float32"); ``quantization`` says how the linears of
+    the layers are stored and multiplied instead, None as they are.
     """
 
     folder: str
@@ -54,6 +57,7 @@ class ShardSpec(msgspec.Struct, frozen=True, kw_only=True):
     tp_rank: int = 0
     tp_size: int = 1
     expert_parallel: bool = False
+    quantization: Quantization | None = None
 
     @property
     def is_first(self) -> bool:
