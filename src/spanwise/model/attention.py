@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from spanwise.device.attention import AttentionRule, attend_chunk, attend_decodes
-from spanwise.model.batch import CacheReads
+from spanwise.device.paged_attention import paged_decode, reads_in_place
+from spanwise.model.batch import CacheReads, DecodeRead
 from spanwise.model.context import ShardContext
 from spanwise.model.paged_cache import LayerStore
 from spanwise.types.cache import LayerCache
@@ -79,15 +80,11 @@ class LayerAttention:
                 queries[own], keys, values, chunk.start, chunk.first_key, rule, sinks
             )
         for decode in reads.decodes:
-            rows = decode.num_rows
-            read = store.read(decode.slots)
-            keys, values = (part.view(rows, -1, *part.shape[1:]) for part in read)
             if decode.tokens is None:
-                out = attend_decodes(queries, keys, values, decode.visible, rule, sinks)
+                out = _attend_decodes(queries, store, decode, rule, sinks)
                 break
-            own_queries = queries.index_select(0, decode.tokens)
-            given = attend_decodes(own_queries, keys, values, decode.visible, rule, sinks)
-            out.index_copy_(0, decode.tokens, given)
+            given = queries.index_select(0, decode.tokens)
+            out.index_copy_(0, decode.tokens, _attend_decodes(given, store, decode, rule, sinks))
         return out.flatten(1, 2)
 
     def _expanded(
@@ -122,3 +119,20 @@ class LayerAttention:
     def _reads(self) -> CacheReads:
         step = self.context.step
         return step.reads[step.group_of[self.layer]]
+
+
+def _attend_decodes(
+    query: torch.Tensor,
+    store: LayerStore,
+    decode: DecodeRead,
+    rule: AttentionRule,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """``query`` ``[rows, kv_heads, group, dim]`` over the rows' histories."""
+    slots = decode.slots.view(decode.num_rows, -1)
+    if reads_in_place(query, store.keys, store.values, rule, sinks):
+        counts = decode.counts
+        return paged_decode(query, store.keys, store.values, slots, counts, rule, sinks)
+    read = store.read(decode.slots)
+    keys, values = (part.view(*slots.shape, *part.shape[1:]) for part in read)
+    return attend_decodes(query, keys, values, decode.visible, rule, sinks)

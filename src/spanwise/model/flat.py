@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from spanwise.device.linear import Linear, PlainLinear
@@ -25,6 +24,8 @@ from spanwise.model.stage import own_forward
 MakeLinear = Callable[[torch.Tensor, torch.Tensor | None], Linear]
 Tables = tuple[torch.Tensor, torch.Tensor]
 _NUM_ROWS = 3
+# Of float32, what stays in a core's cache from one operation to the next.
+_CACHED_VALUES = 1 << 16
 # Of the largest value: what rounding in another order may change.
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 
@@ -72,14 +73,31 @@ class _NoMatchError(Exception):
 
 
 class RmsNorm:
-    """Root mean square norm (arXiv:1910.07467) over the last dim, computed in float32."""
+    """Root mean square norm (arXiv:1910.07467) over the last dim, computed in float32.
+
+    A weight of the input's dtype is applied after the rounding to it, one in float32 before.
+    """
 
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
-        self._weight, self._eps, self._shape = weight, eps, tuple(weight.shape)
+        self._weight, self._eps = weight, eps
+        self._dim = weight.shape[0]
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[..., dim]`` to the same."""
-        return F.rms_norm(hidden, self._shape, self._weight, self._eps)
+        if hidden.numel() <= _CACHED_VALUES:
+            return self._norm(hidden)
+        rows = max(1, _CACHED_VALUES * hidden.shape[0] // hidden.numel())
+        return torch.cat([self._norm(part) for part in torch.split(hidden, rows)])
+
+    def _norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        exact = hidden.float()
+        # torch's own rms_norm takes twice the time for many rows.
+        scale = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
+        scale = scale.square_().div_(self._dim).add_(self._eps).rsqrt_()
+        normed = exact * scale if exact is hidden else exact.mul_(scale)
+        if self._weight.dtype == hidden.dtype:
+            return normed.to(hidden.dtype).mul_(self._weight)
+        return normed.mul_(self._weight).to(hidden.dtype)
 
 
 class Rotary:
@@ -105,9 +123,8 @@ class Rotary:
         self._made_for = tables
 
     def _rotate(self, heads: torch.Tensor) -> torch.Tensor:
-        tokens, num_heads, dim = heads.shape
-        swapped = heads.reshape(tokens, num_heads, 2, dim // 2).flip(2).view(heads.shape)
-        return (heads * self._cos).addcmul_(swapped, self._sin)
+        below, above = heads.chunk(2, dim=-1)
+        return (heads * self._cos).addcmul_(torch.cat((above, below), dim=-1), self._sin)
 
 
 class GatedMlp:
@@ -124,7 +141,7 @@ class GatedMlp:
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[tokens, hidden]`` to the same."""
         gate, up = self._gate_up(hidden).chunk(2, dim=-1)
-        return self._down(self._activation(gate) * up)
+        return self._down(self._activation(gate).mul_(up))
 
 
 class OwnMlp:
@@ -400,7 +417,7 @@ def _norm(module: nn.Module, dim: int | None = None) -> RmsNorm:
     if "forward" in module.__dict__ or (dim or weight.shape[0]) != weight.shape[0]:
         raise _NoMatchError
     drawn = _draw(_NUM_ROWS, weight.shape[0], like=weight)
-    for scale in (weight, (1.0 + weight.float()).to(weight.dtype)):
+    for scale in (weight, 1.0 + weight.float()):
         norm = RmsNorm(scale.detach(), eps)
         if _is_close(norm(drawn), module(drawn)):
             return norm
