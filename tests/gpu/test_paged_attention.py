@@ -1,8 +1,8 @@
 """The paged kernel gives what ``attend_decodes`` does, for a row whatever is beside it.
 
 Runs on a card, or without one in Triton's interpreter, where Triton is installed:
-``TRITON_INTERPRET=1 python -m pytest tests/gpu/test_paged_attention.py`` (about a minute; torch's
-builds for the CPU come without Triton, which then has to be on PYTHONPATH).
+``TRITON_INTERPRET=1 python -m pytest tests/gpu/test_paged_attention.py``, in about two minutes.
+Torch's builds for the CPU come without Triton, which then has to be on PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def test_a_row_has_the_same_bits_alone(dtype: torch.dtype, has_sinks: bool) -> N
     assert torch.equal(case.paged(slice(1, 4), 200), together[1:4])
 
 
-def test_a_layer_of_whole_steps_is_checked_and_chosen() -> None:
+def test_a_layer_is_checked_and_chosen() -> None:
     case = make(torch.float32, 4, 64)
     arguments = (case.query, case.keys, case.values, case.rule)
     assert reads_in_place(*arguments) == (not IS_INTERPRETED)
