@@ -8,7 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from spanwise.device.linear import PackedLinear, PlainLinear, can_pack, make_linear
+from spanwise.device.linear import (
+    PackedLinear,
+    PlainLinear,
+    can_pack,
+    make_linear,
+    num_filled_rows,
+)
 
 COUNTS = (1, 2, 3, 7, 8, 16, 32, 33, 64, 130)
 
@@ -72,6 +78,15 @@ def test_shapes(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     hidden = drawn(*shape, dtype=dtype)
     given, wanted = PackedLinear(weight, None)(hidden), F.linear(hidden, weight)
     assert given.shape == wanted.shape and given.dtype == dtype
+
+
+def test_kernels_are_compiled_for_few_numbers_of_rows() -> None:
+    filled = [num_filled_rows(count) for count in range(1, 2049)]
+    assert filled[:17] == [2, 2, 4, 4, *[8] * 4, *[16] * 8, 32]
+    assert all(count <= more for count, more in enumerate(filled, 1))
+    assert all(more <= max(count + 15, 1.125 * count) for count, more in enumerate(filled, 1))
+    assert all(num_filled_rows(more) == more for more in filled)
+    assert len(set(filled[:512])) == 27
 
 
 def test_what_cannot_be_packed_stays_as_it_is() -> None:

@@ -6,6 +6,7 @@ from functools import cache
 
 import torch
 
+from spanwise.device.linear import fill_rows
 from spanwise.errors import DeviceError, ModelError
 
 # The kernel takes one zero point for a whole call; this one is the middle of u8.
@@ -42,10 +43,14 @@ class Int8Linear:
         """Quantize the tokens, multiply, and scale back."""
         if not hidden.numel():
             return hidden.new_empty(*hidden.shape[:-1], self._out)
-        steps, tokens = _quantize_tokens(hidden)
+        rows = hidden.reshape(-1, self._in)
+        steps, tokens = _quantize_tokens(rows)
         packed = (self._packed, self._steps, self._zero_points)
-        out = _multiply(tokens, *packed, hidden.dtype).mul_(steps)
-        return out if self._bias is None else out.add_(self._bias)
+        # For the same reason as in ``PackedLinear``.
+        out = _multiply(fill_rows(tokens), *packed, hidden.dtype)[: rows.shape[0]].mul_(steps)
+        if self._bias is not None:
+            out.add_(self._bias)
+        return out.view(*hidden.shape[:-1], self._out)
 
 
 def _quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
