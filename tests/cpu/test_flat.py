@@ -8,14 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from tests.support.compare import LOGIT_TOLERANCE, NUM_TOKENS, reference_of, worst_difference
+from tests.support.replica import Replica
 from tests.support.shards import shard_specs
-from tests.support.tiny_models import FAMILIES, save_tiny_model
+from tests.support.tiny_models import FAMILIES, VOCAB, save_tiny_model
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
+from spanwise.device import linear
 from spanwise.model.flat import FlatLayer, OwnMlp
 from spanwise.model.shard import Shard, load_shard
 from spanwise.model.stage import own_forward
+from spanwise.types.sampling import SamplingSpec
 
 FLAT = {"llama", "qwen2", "qwen3", "mistral", "gemma2", "phi3", "mixtral", "qwen3_moe"}
 LAYOUTS = [(1, 1), (1, 2), (2, 1), (4, 3)]
@@ -60,6 +64,22 @@ def test_the_weights_as_they_were_loaded_are_let_go(folders: Callable[[str], Pat
     assert {name.rpartition(".")[0].rpartition(".")[2] for name in kept if "bias" not in name} == {
         "embed_tokens", "input_layernorm", "post_attention_layernorm", "norm",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("pp", "tp"), [(1, 1), (2, 3)])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gpt_oss"])
+def test_packed_weights_give_the_same_tokens(
+    family: str, pp: int, tp: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of these models are too small to be packed by themselves."""
+    right = reference_of(family, tmp_path)
+    sampling = [SamplingSpec(logprobs=VOCAB)] * len(right.prompts)
+    monkeypatch.setattr(linear, "_LEAST_BYTES", 0)
+    tokens, logprobs = Replica(right.folder, pp=pp, tp=tp).generate(
+        right.prompts, NUM_TOKENS, sampling
+    )
+    assert tokens == right.tokens
+    assert worst_difference(tokens, logprobs, right) < LOGIT_TOLERANCE
 
 
 def test_a_head_tied_to_the_embedding_counts_as_one_more(folders: Callable[[str], Path]) -> None:

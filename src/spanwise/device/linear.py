@@ -17,6 +17,8 @@ _PACKED_DTYPES = (torch.float32, torch.bfloat16)
 # AMX kernels add in another order from 33 rows on; they do not promise one order even so.
 _ROWS_HINT = 64
 _FEW_ROWS = 16
+# A smaller weight stays in a core's cache: packing gains little, and a kernel is compiled as ever.
+_LEAST_BYTES = 1 << 20
 
 
 class Linear(Protocol):
@@ -86,7 +88,9 @@ def fill_rows(rows: torch.Tensor) -> torch.Tensor:
 
 def make_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
     """The fastest form of a linear ``[out, in]`` on the device where it lies."""
-    return PackedLinear(weight, bias) if can_pack(weight) else PlainLinear(weight, bias)
+    if weight.nbytes >= _LEAST_BYTES and can_pack(weight):
+        return PackedLinear(weight, bias)
+    return PlainLinear(weight, bias)
 
 
 def can_pack(weight: torch.Tensor) -> bool:
