@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -11,6 +12,8 @@ import torch
 from spanwise.device.devices import cpu_hint, host_memory
 from spanwise.errors import DeviceError, reason
 from spanwise.types.worker import DeviceSpec
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
 def place(spec: DeviceSpec) -> torch.device:
@@ -81,6 +84,27 @@ def claiming(device: torch.device, num_bytes: int, purpose: str) -> Iterator[Non
             f"{device} has no room for {purpose}: {_mib(num_bytes)} wanted, {_mib(free)} free; use "
             "more devices, lower --kv-cache-memory or --max-model-len, or end what else uses it"
         ) from error
+
+
+@contextmanager
+def giving_back() -> Iterator[None]:
+    """Let large blocks that are freed inside go back to the system at once.
+
+    While weights are brought into another form, each is freed when its copy is made. glibc would
+    keep what is freed for later, and a rank would take up to twice its weights. Afterwards blocks
+    below 32 MiB are kept again: those of a step, which come back with the next one.
+    """
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "gnu_get_libc_version"):  # another allocator, with ways of its own
+        yield
+        return
+    libc.mallopt(_M_MMAP_THRESHOLD, 1 << 18)
+    try:
+        yield
+    finally:
+        libc.malloc_trim(0)
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(_M_TRIM_THRESHOLD, 64 << 20)
 
 
 def move_together(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spanwise.comm.communicator import Communicator
-from spanwise.device.memory import claiming
+from spanwise.device.memory import claiming, giving_back
 from spanwise.model import seams, tables
 from spanwise.model.attention import LayerAttention
 from spanwise.model.batch import StepBatch
@@ -138,7 +138,7 @@ def load_shard(spec: ShardSpec, device: torch.device = _CPU) -> Shard:
     To a card tensor by tensor: the host holds one at a time. Raises DeviceError where it is full.
     """
     draft = _Draft(spec)
-    with claiming(device, draft.weight_bytes, "its share of the weights"):
+    with giving_back(), claiming(device, draft.weight_bytes, "its share of the weights"):
         draft.load(device)
         shard = draft.shard(device)
         if device.type != "meta":
