@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from spanwise.device.int8 import Int8Linear
-from spanwise.device.linear import Linear, make_linear
+from spanwise.device.linear import Linear, PlainLinear, make_linear
 from spanwise.model import tables
 from spanwise.model.attention import LayerAttention
 from spanwise.model.flat import Flattener, LayerParts
@@ -78,24 +78,29 @@ class _Preparation:
             assert isinstance(module, nn.Linear | Conv1D)
             if module.weight.is_meta:
                 continue
+            linear = self._linear(name, module)
+            if isinstance(linear, PlainLinear):  # as it stands
+                continue
             forward = module.__dict__.get("forward")
             if isinstance(forward, RowParallel):
-                forward.product = self._linear(name, module, with_bias=False)
+                forward.product = linear
             elif isinstance(forward, GatheredLinear):
-                forward.forward = self._linear(name, module)
+                forward.forward = linear
             elif forward is None:
-                replace_forward(module, self._linear(name, module))
+                replace_forward(module, linear)
             else:
                 continue
             self._grown += module.weight.nbytes if id(module.weight) in shared else 0
             _let_go([module])
 
-    def _linear(self, name: str, module: nn.Linear | Conv1D, with_bias: bool = True) -> Linear:
+    def _linear(self, name: str, module: nn.Linear | Conv1D) -> Linear:
+        """Without the bias where ranks add up products: it is added once, after them."""
         weight = module.weight.t() if isinstance(module, Conv1D) else module.weight
         in_layer = name.startswith(f"{self._seen.layers_name}.")
         is_router = name.rpartition(".")[2] in tables.ROUTERS
         make = self._of_layer if in_layer and not is_router else self._as_loaded
-        return make(weight, module.bias if with_bias else None)
+        adds_up = isinstance(module.__dict__.get("forward"), RowParallel)
+        return make(weight, None if adds_up else module.bias)
 
     def _of_layer(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
         """A linear of a decoder layer, which may be quantized."""
