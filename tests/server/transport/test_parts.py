@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import socket
 from typing import Any
 
 import pytest
+import uvloop
 
 from spanwise.errors import InputError, SpanwiseError
 from spanwise.server.transport import protocol as protocol_module
 from spanwise.server.transport.access_log import AccessLog
 from spanwise.server.transport.envelope import Envelope
-from spanwise.server.transport.gate import Gate, client_of
+from spanwise.server.transport.gate import Gate, Place, client_of
 from spanwise.server.transport.limits import TransportLimits
+from spanwise.server.transport.listener import Listener
 from spanwise.server.transport.meter import RequestMeter
 from spanwise.server.transport.refusal import RefusedError
 
@@ -49,6 +52,57 @@ def test_a_meter_starts_anew_with_each_request() -> None:
     meter.feed(meter.room_bytes)
     with pytest.raises(RefusedError, match="too large together"):
         meter.check()
+
+
+@pytest.mark.parametrize("at", ["before", "in"])
+def test_a_connection_that_begins_as_the_listener_closes_gives_its_place_back(at: str) -> None:
+    """At a loop iteration before ``connection_made``, and in it."""
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        limits = TransportLimits()
+        gate = Gate(limits)
+        made: list[asyncio.Transport] = []
+
+        class Closing(asyncio.Protocol):
+            is_connected = False
+            _place: Place
+
+            @property
+            def place(self) -> Place:
+                return self._place
+
+            @place.setter
+            def place(self, place: Place) -> None:
+                """Accepted, and about to be connected."""
+                self._place = place
+                if at == "before":
+                    loop.call_soon(lambda: loop.call_soon(listener.close))
+
+            def connection_made(self, transport: Any) -> None:
+                self.is_connected = True
+                made.append(transport)
+                if at == "in":
+                    listener.close()
+
+            def connection_lost(self, exc: Exception | None) -> None:
+                self.place.leave()
+
+        listening = socket.create_server(("127.0.0.1", 0))
+        address = listening.getsockname()
+        make: Any = Closing
+        listener = Listener(listening, None, limits, gate, AccessLog(None), make)
+        listener.open()
+        with socket.socket() as client:
+            client.setblocking(False)
+            await loop.sock_connect(client, address)
+            while not made:
+                await asyncio.sleep(0)
+            made[0].abort()
+            await asyncio.wait_for(gate.wait_until_empty(), 5)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(run())
 
 
 def test_places_are_given_back_once_and_taken_from_the_one_that_waited_longest() -> None:

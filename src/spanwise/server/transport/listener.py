@@ -9,6 +9,7 @@ import socket
 import ssl
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 
 from spanwise.server.transport.access_log import AccessLog
 from spanwise.server.transport.gate import Gate
@@ -51,7 +52,7 @@ class Listener:
         self._protocol = protocol
         self._loop = asyncio.get_running_loop()
         self._rest: asyncio.TimerHandle | None = None
-        self._connecting: set[asyncio.Task[None]] = set()
+        self._connecting: dict[asyncio.Task[None], _Beginning] = {}
         self._lingering: set[_Farewell] = set()
 
     def open(self) -> None:
@@ -70,8 +71,9 @@ class Listener:
             self._rest.cancel()
         self._loop.remove_reader(self._socket.fileno())
         self._socket.close()
-        for task in self._connecting:
-            task.cancel()
+        for beginning in self._connecting.values():
+            if not beginning.protocol.is_connected:
+                beginning.end()
         for farewell in self._lingering:
             farewell.end()
 
@@ -96,12 +98,13 @@ class Listener:
 
     def _admit(self, connection: socket.socket, host: str) -> None:
         protocol = self._protocol()
+        beginning = _Beginning(connection, protocol)
 
         def evict() -> None:
             if protocol.is_connected:
                 protocol.evict()
             else:
-                task.cancel()
+                beginning.end()
 
         place = self._gate.enter(host, evict, self._loop.time())
         if place is None:
@@ -109,14 +112,14 @@ class Listener:
             return
 
         def end(task: asyncio.Task[None]) -> None:
-            self._connecting.discard(task)
+            del self._connecting[task]
             if not protocol.is_connected:  # no connection came of it
                 connection.close()
                 place.leave()
 
         protocol.place = place
         task = self._loop.create_task(self._connect(connection, protocol))
-        self._connecting.add(task)
+        self._connecting[task] = beginning
         task.add_done_callback(end)
 
     async def _connect(self, connection: socket.socket, protocol: asyncio.Protocol) -> None:
@@ -145,11 +148,28 @@ class Listener:
         if len(self._lingering) < self._limits.max_num_lingering:
             farewell = _Farewell(response, self._limits.linger_s, self._lingering)
             task = self._loop.create_task(self._connect(connection, farewell))
-            self._connecting.add(task)
-            task.add_done_callback(self._connecting.discard)
+            self._connecting[task] = _Beginning(connection, farewell)
+            task.add_done_callback(self._connecting.__delitem__)
             return
         with connection, suppress(OSError):  # gone already
             connection.send(response)
+
+
+@dataclass(frozen=True)
+class _Beginning:
+    """A connection that may not have got through its handshake yet."""
+
+    connection: socket.socket
+    protocol: LimitedHttpProtocol | _Farewell
+
+    def end(self) -> None:
+        """End it from below, as a client does that goes away.
+
+        Cancelling the task that waits for it would close it, at times after its ``connection_made``
+        and then with no call of ``connection_lost``.
+        """
+        with suppress(OSError):  # gone already
+            self.connection.shutdown(socket.SHUT_RDWR)
 
 
 class _Farewell(asyncio.Protocol):
@@ -161,6 +181,11 @@ class _Farewell(asyncio.Protocol):
         self._lingering = lingering
         self._transport: asyncio.Transport | None = None
         lingering.add(self)
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is, or was, a connection."""
+        return self._transport is not None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._transport = transport
