@@ -66,8 +66,10 @@ class Channels:
         self.spinning: Communicator = open_rank_comm(segments["spinning"], 0, rank).tp
         self.sleeping: Communicator = open_rank_comm(segments["sleeping"], 0, rank, spin_s=0).tp
         links = open_rank_comm(segments["links"], rank, 0)
-        self.there: Link = links.outbox or links.inbox  # type: ignore[assignment]
-        self.back: Link = links.tokens  # type: ignore[assignment]
+        there, back = links.outbox or links.inbox, links.tokens
+        assert there is not None and back is not None  # both ranks are at a border
+        self.there: Link = there
+        self.back: Link = back
         limit = timedelta(seconds=300)
         backend = dist.ProcessGroupGloo(dist.FileStore(store, RANKS), rank, RANKS, limit)
         operations = Operations(backend, f"rank {rank}", threading.Event())

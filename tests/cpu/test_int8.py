@@ -181,7 +181,7 @@ def test_an_inexact_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_torch_without_the_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch._C, "_has_mkldnn", False)
     int8._check_kernel.cache_clear()
     with pytest.raises(DeviceError, match="no oneDNN int8 linears"):
         Int8Linear(normal(4, 4))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from spanwise.cli.engine_flags import EngineFlags
+from spanwise.cli.engine_flags import EngineFlags, LimitFlags
 from spanwise.engine import launch
 from spanwise.engine.config import EngineConfig, engine_config
 from spanwise.errors import DeviceError, InputError
@@ -22,7 +22,7 @@ def test_none_is_the_default_everywhere() -> None:
 
 
 def test_the_flag_reaches_the_config() -> None:
-    given = EngineFlags(quantization="int8").llm_arguments()
+    given = EngineFlags(limits=LimitFlags(quantization="int8")).llm_arguments()
     assert engine_config("m", **given).quantization == "int8"
 
 

@@ -7,15 +7,9 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from spanwise.cli.bench_flags import (
-    LimitFlags,
-    Model,
-    ResultFlags,
-    Runs,
-    Seed,
-    engine_for,
-)
+from spanwise.cli.bench_flags import Model, ResultFlags, Runs, Seed, engine_for
 from spanwise.cli.bench_progress import watching
+from spanwise.cli.engine_flags import LimitFlags
 from spanwise.cli.numbers import parse_whole_numbers
 from spanwise.errors import InputError
 
@@ -55,7 +49,7 @@ def scaling(
         devices=tuple(parse_whole_numbers("--devices", [devices])),
         layouts=_layouts(layouts),
         workloads=tuple(Workload(*lengths) for lengths in _workloads(workloads)),
-        engine=engine_for(model, limits.arguments()),
+        engine=engine_for(model, limits.llm_arguments()),
         num_prompts=num_prompts,
         num_runs=runs,
         seed=seed,
@@ -86,7 +80,7 @@ def methods(
     settings = MethodsSettings(
         model=model,
         device=device or default_device(),
-        engine=engine_for(model, limits.arguments(), num_prompts),
+        engine=engine_for(model, limits.llm_arguments(), num_prompts),
         num_devices=devices,
         num_prompts=num_prompts,
         input_len=input_len,

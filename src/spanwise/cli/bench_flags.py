@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Group, Parameter
-
-from spanwise.cli.byte_size import parse_bytes
-from spanwise.cli.engine_flags import Dtype
-from spanwise.types.worker import Quantization
 
 if TYPE_CHECKING:
     from spanwise.engine.config import EngineConfig
@@ -31,37 +26,6 @@ class ResultFlags:
         "bench-results"
     )
     quiet: Annotated[bool, Parameter(negative="", help="Print nothing but the results.")] = False
-
-
-@Parameter(name="*", group=Group("Limits", sort_key=10))
-@dataclass(frozen=True, kw_only=True)
-class LimitFlags:
-    """The engine's limits, where the measurement itself chooses devices and layouts."""
-
-    dtype: Annotated[Dtype, Parameter(help="Numbers to compute with; auto: the model's.")] = "auto"
-    quantization: Annotated[
-        Quantization | None,
-        Parameter(help="int8: the layers' linears in 8 bits, on CPU devices. Default: none."),
-    ] = None
-    max_model_len: Annotated[
-        int | None, Parameter(help="Longest sequence in tokens. Default: the model's, or less.")
-    ] = None
-    max_num_seqs: Annotated[
-        int | None, Parameter(help="Sequences computed at once in a copy. Default: 64.")
-    ] = None
-    max_step_tokens: Annotated[
-        int | None, Parameter(help="Tokens computed in one step. Default: 512.")
-    ] = None
-    kv_cache_memory: Annotated[
-        str | None, Parameter(help="Memory of the KV caches: 2GiB. Default: what is free.")
-    ] = None
-
-    def arguments(self) -> dict[str, Any]:
-        """Give what ``LLM`` takes: only what was set. Raises InputError."""
-        given = {name: value for name, value in dataclasses.asdict(self).items() if value}
-        if self.kv_cache_memory is not None:
-            given["kv_cache_memory"] = parse_bytes("--kv-cache-memory", self.kv_cache_memory)
-        return given
 
 
 def engine_for(model: str, arguments: dict[str, Any], num_seats: int = 1) -> EngineConfig:

@@ -118,8 +118,7 @@ def _check_kernel() -> None:
     CPUs without VNNI add pairs of products in 16 bits, where large ones are cut off.
     """
     ops = torch.ops.onednn
-    there = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    if not (there and hasattr(ops, "qlinear_prepack")):
+    if not (torch._C._has_mkldnn and hasattr(ops, "qlinear_prepack")):
         raise DeviceError(
             f"torch {torch.__version__} has no oneDNN int8 linears; leave --quantization out"
         )

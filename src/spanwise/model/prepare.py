@@ -13,10 +13,11 @@ from spanwise.device.int8 import Int8Linear
 from spanwise.device.linear import Linear, PlainLinear, make_linear
 from spanwise.model import tables
 from spanwise.model.attention import LayerAttention
-from spanwise.model.flat import Flattener, LayerParts
+from spanwise.model.flatten import Flattener
 from spanwise.model.parallel import GatheredLinear, RowParallel, is_linear, replace_forward
 from spanwise.model.probe import Probe
 from spanwise.model.stage import replace_own_forward
+from spanwise.model.watch import LayerParts
 from spanwise.types.worker import Quantization
 
 
