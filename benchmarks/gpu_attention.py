@@ -19,7 +19,7 @@ import torch
 from machine import save, table_of
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from spanwise.device.attention import AttentionRule, attend_decodes
+from spanwise.device.attention import AttentionRule, attend_decodes, mask_of
 from spanwise.device.paged_attention import paged_decode, reads_in_place
 
 DEVICE = torch.device("cuda")
@@ -108,12 +108,12 @@ def in_place(rows: Rows) -> Step:
 
 def gathered(rows: Rows) -> Step:
     """As a layer does without it."""
-    visible = torch.arange(rows.slots.shape[1], device=DEVICE) < rows.counts[:, None]
+    mask = mask_of(rows.counts, rows.slots.shape[1], DTYPE)
     flat, shape = rows.slots.flatten(), (*rows.slots.shape, KV_HEADS, DIM)
 
     def step() -> torch.Tensor:
         keys, values = (part.index_select(0, flat).view(shape) for part in (rows.keys, rows.values))
-        return attend_decodes(rows.query, keys, values, visible, RULE)
+        return attend_decodes(rows.query, keys, values, mask, RULE)
 
     return step
 
@@ -210,8 +210,8 @@ def reference(rows: Rows) -> torch.Tensor:
     parts = []
     for query, slots in zip(rows.query, rows.slots, strict=True):
         keys, values = rows.keys[slots][None].float(), rows.values[slots][None].float()
-        visible = torch.ones(1, slots.shape[0], dtype=torch.bool, device=DEVICE)
-        parts.append(attend_decodes(query[None].float(), keys, values, visible, RULE))
+        mask = torch.zeros(1, slots.shape[0], device=DEVICE)
+        parts.append(attend_decodes(query[None].float(), keys, values, mask, RULE))
     return torch.cat(parts)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.support.replica import Replica
 from tests.support.tiny_models import prompts, save_tiny_model
 
-from spanwise.device.attention import AttentionRule, attend_chunk, attend_decodes
+from spanwise.device.attention import AttentionRule, attend_chunk, attend_decodes, mask_of
 from spanwise.model.shard import Shard
 from spanwise.runner.rows import filled_length
 from spanwise.types.sampling import SamplingSpec
@@ -39,13 +39,13 @@ def test_a_row_is_the_same_alone(dtype: torch.dtype, softcap: float, has_sinks: 
     query = drawn(rows, KV_HEADS, GROUP, DIM).to(dtype)
     key, value = (drawn(rows, length, KV_HEADS, DIM + i)[..., :DIM].to(dtype) for i in range(2))
     counts = torch.tensor([1, 7, 33, 63, 64])
-    visible = torch.arange(length) < counts[:, None]
+    mask = mask_of(counts, length, dtype)
     rule = AttentionRule(scaling=DIM**-0.5, softcap=softcap)
     sinks = drawn(KV_HEADS * GROUP) if has_sinks else None
-    together = attend_decodes(query, key, value, visible, rule, sinks)
+    together = attend_decodes(query, key, value, mask, rule, sinks)
     for row, count in enumerate(counts.tolist()):
         own = slice(row, row + 1)
-        alone = attend_decodes(query[own], key[own], value[own], visible[own], rule, sinks)
+        alone = attend_decodes(query[own], key[own], value[own], mask[own], rule, sinks)
         assert torch.equal(alone, together[own])
         # As the last token of a chunk of that length, which has no filling.
         history = key[row, :count], value[row, :count]

@@ -9,11 +9,15 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from spanwise.device.linear import (
+    JoinedGate,
+    PackedGate,
     PackedLinear,
     PlainLinear,
     can_pack,
+    fill_rows,
     make_linear,
     num_filled_rows,
+    post_op_of,
 )
 
 COUNTS = (1, 2, 3, 7, 8, 16, 32, 33, 64, 130)
@@ -103,3 +107,74 @@ def test_serves_in_a_fork(dtype: torch.dtype) -> None:
     if pid == 0:
         os._exit(0 if torch.equal(packed(hidden), wanted) else 1)
     assert os.waitpid(pid, 0)[1] == 0
+
+
+ACTIVATIONS = {
+    "silu": torch.nn.SiLU(),
+    "gelu": torch.nn.GELU(),
+    "gelu tanh": torch.nn.GELU(approximate="tanh"),
+    "relu": torch.nn.ReLU(),
+}
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("num_rows", [1, 5, 16, 37])
+def test_a_packed_gate_is_a_joined_one(dtype: torch.dtype, name: str, num_rows: int) -> None:
+    activation = ACTIVATIONS[name]
+    post_op = post_op_of(activation)
+    assert post_op is not None
+    weights, biases = drawn(2 * 48, 32, dtype=dtype).chunk(2), drawn(2 * 48, dtype=dtype).chunk(2)
+    gate, up = (PackedLinear(*parts) for parts in zip(weights, biases, strict=True))
+    joined = JoinedGate(PlainLinear(torch.cat(weights), torch.cat(biases)), activation)
+    hidden = drawn(num_rows, 32, dtype=dtype)
+    found, wanted = PackedGate(gate, up, post_op)(hidden), joined(hidden)
+    assert found.shape == wanted.shape
+    # Three roundings, one of them before the two factors are multiplied.
+    rounding = torch.finfo(dtype).eps * wanted.abs().max()
+    assert (found - wanted).abs().max() <= 4 * rounding
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("num_rows", [0, 1, 5, 16, 37])
+def test_a_residual_is_added(dtype: torch.dtype, num_rows: int) -> None:
+    packed = PackedLinear(drawn(48, 32, dtype=dtype), drawn(48, dtype=dtype))
+    hidden, residual = drawn(num_rows, 32, dtype=dtype), drawn(num_rows, 48, dtype=dtype)
+    found, wanted = packed.add_to(residual, hidden), residual + packed(hidden)
+    assert found.shape == wanted.shape
+    if num_rows:
+        rounding = torch.finfo(dtype).eps * wanted.abs().max()
+        assert (found - wanted).abs().max() <= 2 * rounding
+    if dtype == torch.float32:
+        assert torch.equal(found, wanted)
+
+
+def test_an_activation_that_onednn_does_not_have() -> None:
+    assert post_op_of(torch.nn.Softsign()) is None
+    assert post_op_of(torch.nn.SiLU()) != post_op_of(torch.nn.GELU())
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("shape", [(1792, 1280), (131, 48)])
+def test_what_follows_a_product_depends_on_no_other_row(shape: tuple[int, int]) -> None:
+    packed = PackedLinear(drawn(*shape, dtype=torch.float32), None)
+    hidden = drawn(max(COUNTS), shape[1], dtype=torch.float32)
+    other = drawn(max(COUNTS), shape[0], dtype=torch.float32)
+    post_op = post_op_of(torch.nn.SiLU())
+    assert post_op is not None
+    for count in COUNTS:
+        rows, others = hidden[:count], other[:count]
+        assert torch.equal(
+            packed.activated(rows, post_op), packed.activated(hidden, post_op)[:count]
+        )
+        assert torch.equal(packed.times(others, rows), packed.times(other, hidden)[:count])
+        assert torch.equal(packed.add_to(others, rows), packed.add_to(other, hidden)[:count])
+
+
+def test_filled_rows_are_zeros_and_stay_so() -> None:
+    rows = drawn(5, 7, dtype=torch.float32)
+    filled = fill_rows(rows)
+    assert filled.shape == (8, 7) and torch.equal(filled[:5], rows) and not filled[5:].any()
+    filled[5:] = 1.0
+    assert not fill_rows(rows)[5:].any()
+    assert fill_rows(filled) is filled

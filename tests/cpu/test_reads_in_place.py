@@ -18,7 +18,7 @@ from tests.support.replica import Replica
 from tests.support.tiny_models import prompts, save_tiny_model
 
 from spanwise.device import paged_attention
-from spanwise.device.attention import AttentionRule, attend_decodes
+from spanwise.device.attention import AttentionRule, attend_decodes, mask_of
 from spanwise.device.paged_attention import LayerKind, reads_in_place
 from spanwise.model import attention
 from spanwise.types.sampling import SamplingSpec
@@ -41,8 +41,8 @@ def gathered(
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What the kernel has to give."""
-    visible = torch.arange(slots.shape[1]) < counts[:, None]
-    return attend_decodes(query, keys[slots], values[slots], visible, rule, sinks)
+    mask = mask_of(counts, slots.shape[1], query.dtype)
+    return attend_decodes(query, keys[slots], values[slots], mask, rule, sinks)
 
 
 def off(*arguments: Any) -> torch.Tensor:

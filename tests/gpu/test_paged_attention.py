@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from spanwise.device.attention import AttentionRule, attend_decodes
+from spanwise.device.attention import AttentionRule, attend_decodes, mask_of
 from spanwise.device.paged_attention import MAX_SPLITS, SPLIT_KEYS, paged_decode, reads_in_place
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -79,10 +79,10 @@ class Case:
     def wanted(self) -> torch.Tensor:
         """By the reference, in float32 on the CPU."""
         keys, values = (part.cpu().float()[self.slots.cpu()] for part in (self.keys, self.values))
-        visible = torch.arange(self.slots.shape[1]) < self.counts.cpu()[:, None]
+        mask = mask_of(self.counts.cpu(), self.slots.shape[1], torch.float32)
         keys, values = (part.nan_to_num(0.0) for part in (keys, values))
         sinks = None if self.sinks is None else self.sinks.cpu()
-        return attend_decodes(self.query.cpu().float(), keys, values, visible, self.rule, sinks)
+        return attend_decodes(self.query.cpu().float(), keys, values, mask, self.rule, sinks)
 
     def check(self) -> None:
         found = self.paged()

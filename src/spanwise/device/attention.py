@@ -71,24 +71,34 @@ def attend_decodes(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    visible: torch.Tensor,
+    mask: torch.Tensor,
     rule: AttentionRule,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of the last token of many sequences, ``query`` ``[rows, kv_heads, group, dim]``.
 
     ``key``/``value`` ``[rows, s, kv_heads, dim]``: each row its own history, filled up to ``s``
-    with finite values; ``visible`` ``[rows, s]`` says what counts. ``s`` follows from a row's own
+    with finite values, of which ``mask_of`` says what counts. ``s`` follows from a row's own
     length, so that its result does not depend on its neighbours. Returns as ``query``.
     """
     key, value = _read_heads(key, value, rule)
     keys, values = key.transpose(1, 2), value.transpose(1, 2)
     if not rule.softcap and sinks is None:
         return F.scaled_dot_product_attention(
-            query, keys, values, attn_mask=visible[:, None, None], scale=rule.scaling
+            query, keys, values, attn_mask=mask[:, None, None], scale=rule.scaling
         )
-    mask = visible[:, None, None, None]
-    return _explicit(query[:, :, :, None], keys, values, mask, rule, sinks)[:, :, :, 0]
+    visible = mask[:, None, None, None] == 0
+    return _explicit(query[:, :, :, None], keys, values, visible, rule, sinks)[:, :, :, 0]
+
+
+def mask_of(counts: torch.Tensor, length: int, dtype: torch.dtype) -> torch.Tensor:
+    """Added to scores ``[rows, length]``: 0 for a row's first ``counts`` ``[rows]``, then -inf.
+
+    A mask of truths would be made one of these by every layer anew.
+    """
+    beyond = torch.arange(length, device=counts.device) >= counts[:, None]
+    zeros = torch.zeros(beyond.shape, dtype=dtype, device=counts.device)
+    return zeros.masked_fill_(beyond, float("-inf"))
 
 
 def _read_heads(

@@ -52,6 +52,10 @@ class Int8Linear:
             out.add_(self._bias)
         return out.view(*hidden.shape[:-1], self._out)
 
+    def add_to(self, residual: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """``[rows, out]`` and ``[rows, in]`` to ``[rows, out]``."""
+        return self(hidden).add_(residual)
+
 
 def _quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The step of each row ``[out]`` in fp32, and the weight in s8. Raises ModelError."""

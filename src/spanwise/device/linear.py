@@ -7,10 +7,16 @@ On a CPU the weight is packed: reordered once, at load, to the blocks that oneDN
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+# An activation as oneDNN knows it: its name, its numbers, and which algorithm.
+PostOp = tuple[str, list[float], str]
 
 _PACKED_DTYPES = (torch.float32, torch.bfloat16)
 # The number of rows the blocks are chosen for. With fewer, oneDNN may choose blocks with which its
@@ -19,6 +25,13 @@ _ROWS_HINT = 64
 _FEW_ROWS = 16
 # A smaller weight stays in a core's cache: packing gains little, and a kernel is compiled as ever.
 _LEAST_BYTES = 1 << 20
+_NOTHING: PostOp = ("none", [], "")
+_ACTIVATIONS: tuple[tuple[PostOp, Activation], ...] = (
+    (("swish", [], ""), F.silu),
+    (("gelu", [], "tanh"), partial(F.gelu, approximate="tanh")),
+    (("gelu", [], "none"), F.gelu),
+    (("relu", [], ""), F.relu),
+)
 
 
 class Linear(Protocol):
@@ -28,6 +41,10 @@ class Linear(Protocol):
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[..., in]`` to ``[..., out]``; in float32 a row's bits depend on no other row."""
+        ...
+
+    def add_to(self, residual: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """``residual`` ``[rows, out]`` and the product of ``hidden`` ``[rows, in]``."""
         ...
 
 
@@ -42,33 +59,93 @@ class PlainLinear:
         """``[..., in]`` to ``[..., out]``."""
         return F.linear(hidden, self._weight, self._bias)
 
+    def add_to(self, residual: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """``[rows, out]`` and ``[rows, in]`` to ``[rows, out]``."""
+        return residual + self(hidden)
+
 
 class PackedLinear:
-    """A weight ``[out, in]`` in blocks. Packed before a fork, it serves in every child."""
+    """A weight ``[out, in]`` in blocks. Packed before a fork, it serves in every child.
+
+    Rows of zeros go along up to the next number of a grid. oneDNN compiles a kernel for every
+    number of rows: 2 to 15 ms and up to 1.4 MB for each shape of weight. And one row alone has a
+    kernel of its own, whose sums have another order than all others.
+
+    What follows the product is done on its way out of the kernel, in float32, which saves a pass
+    through memory each: an activation, a sum, a product with something else.
+    """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS_HINT)
         self._bias = bias
         self._out, self._in = weight.shape
         self._apply = torch.ops.mkldnn._linear_pointwise.default
+        self._combine = torch.ops.mkldnn._linear_pointwise.binary
         self.num_bytes = weight.nbytes
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """``[..., in]`` to ``[..., out]``.
+        """``[..., in]`` to ``[..., out]``."""
+        return self.activated(hidden, _NOTHING)
 
-        Rows of zeros go along up to the next number of a grid. oneDNN compiles a kernel for every
-        number of rows: 2 to 15 ms and up to 1.4 MB for each shape of weight. And one row alone has
-        a kernel of its own, whose sums have another order than all others.
-        """
-        rows = hidden.reshape(-1, self._in)
-        count = rows.shape[0]
-        if not count:
+    def activated(self, hidden: torch.Tensor, post_op: PostOp) -> torch.Tensor:
+        """The product with an activation, ``[..., in]`` to ``[..., out]``."""
+        rows = hidden if hidden.dim() == 2 else hidden.reshape(-1, self._in)
+        if not rows.shape[0]:
             return hidden.new_empty((*hidden.shape[:-1], self._out))
-        filled = fill_rows(rows)
-        out: torch.Tensor = self._apply(filled, self._weight, self._bias, "none", [], "")
-        return out[:count].view(*hidden.shape[:-1], self._out)
+        out: torch.Tensor = self._apply(fill_rows(rows), self._weight, self._bias, *post_op)
+        out = out[: rows.shape[0]]
+        return out if rows is hidden else out.view(*hidden.shape[:-1], self._out)
+
+    def add_to(self, residual: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """``[rows, out]`` and ``[rows, in]`` to ``[rows, out]``."""
+        return self._combined(residual, hidden, "add")
+
+    def times(self, other: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """The product of ``hidden`` ``[rows, in]``, times ``other`` ``[rows, out]``."""
+        return self._combined(other, hidden, "mul")
+
+    def _combined(self, other: torch.Tensor, hidden: torch.Tensor, how: str) -> torch.Tensor:
+        if not hidden.shape[0]:
+            return torch.empty_like(other)
+        filled, others = fill_rows(hidden), fill_rows(other)
+        out: torch.Tensor = self._combine(filled, others, self._weight, self._bias, how)
+        return out[: hidden.shape[0]]
 
 
+class JoinedGate:
+    """The gated half of an MLP, ``activation(gate(x)) * up(x)``, of one product for both."""
+
+    def __init__(self, joined: Linear, activation: Activation) -> None:
+        self._joined, self._activation = joined, activation
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``[rows, in]`` to ``[rows, out]``."""
+        gate, up = self._joined(hidden).chunk(2, dim=-1)
+        return self._activation(gate).mul_(up)
+
+
+class PackedGate:
+    """As ``JoinedGate``, of two packed products, so that nothing is left to do after them."""
+
+    def __init__(self, gate: PackedLinear, up: PackedLinear, post_op: PostOp) -> None:
+        self._gate, self._up, self._post_op = gate, up, post_op
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``[rows, in]`` to ``[rows, out]``."""
+        return self._up.times(self._gate.activated(hidden, self._post_op), hidden)
+
+
+def post_op_of(activation: Activation) -> PostOp | None:
+    """What oneDNN calls an activation, by what it does to some numbers; None where it is none."""
+    drawn = torch.linspace(-8.0, 8.0, 257)
+    seen = activation(drawn.clone())
+    for post_op, reference in _ACTIVATIONS:
+        if torch.allclose(seen, reference(drawn), rtol=0.0, atol=1e-5):
+            return post_op
+    return None
+
+
+@cache
 def num_filled_rows(num_rows: int) -> int:
     """The next number of rows that kernels are compiled for: some 27 of them up to 512.
 
@@ -81,16 +158,29 @@ def num_filled_rows(num_rows: int) -> int:
 
 
 def fill_rows(rows: torch.Tensor) -> torch.Tensor:
-    """``[n, in]`` with rows of zeros up to ``num_filled_rows``."""
+    """``[n, in]`` with rows of zeros up to ``num_filled_rows``; itself where none are missing."""
     missing = num_filled_rows(rows.shape[0]) - rows.shape[0]
-    return torch.cat((rows, rows.new_zeros(missing, rows.shape[1]))) if missing else rows
+    if not missing:
+        return rows
+    if missing > _FEW_ROWS:
+        return torch.cat((rows, rows.new_zeros(missing, rows.shape[1])))
+    return torch.cat((rows, _zero_rows(rows.shape[1], rows.dtype)[:missing]))
+
+
+@cache
+def _zero_rows(width: int, dtype: torch.dtype) -> torch.Tensor:
+    """Made once: at decode an operation costs more than its work."""
+    return torch.zeros(_FEW_ROWS, width, dtype=dtype)
 
 
 def make_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
     """The fastest form of a linear ``[out, in]`` on the device where it lies."""
-    if weight.nbytes >= _LEAST_BYTES and can_pack(weight):
-        return PackedLinear(weight, bias)
-    return PlainLinear(weight, bias)
+    return PackedLinear(weight, bias) if packs(weight) else PlainLinear(weight, bias)
+
+
+def packs(weight: torch.Tensor) -> bool:
+    """Whether the fastest form of a linear is a packed one."""
+    return weight.nbytes >= _LEAST_BYTES and can_pack(weight)
 
 
 def can_pack(weight: torch.Tensor) -> bool:

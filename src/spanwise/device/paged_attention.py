@@ -15,7 +15,7 @@ from functools import cache
 
 import torch
 
-from spanwise.device.attention import AttentionRule, attend_decodes
+from spanwise.device.attention import AttentionRule, attend_decodes, mask_of
 from spanwise.errors import reason
 
 # A row's keys go to splits of this many, or of the least multiple that makes at most MAX_SPLITS:
@@ -216,7 +216,7 @@ def _worst_difference(kind: LayerKind) -> float:
     slots = torch.randperm(num_slots, generator=generator).view(rows, length).to(kind.device)
     count = torch.tensor(counts, device=kind.device)
     found = paged_decode(query, keys, values, slots, count, kind.rule, sinks)
-    visible = torch.arange(length, device=kind.device) < count[:, None]
+    mask = mask_of(count, length, torch.float32)
     history = keys[slots].float(), values[slots].float()
-    wanted = attend_decodes(query.float(), *history, visible, kind.rule, sinks)
+    wanted = attend_decodes(query.float(), *history, mask, kind.rule, sinks)
     return ((found.float() - wanted).abs().max() / wanted.abs().max()).item()

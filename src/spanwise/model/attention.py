@@ -135,4 +135,4 @@ def _attend_decodes(
         return paged_decode(query, store.keys, store.values, slots, counts, rule, sinks)
     read = store.read(decode.slots)
     keys, values = (part.view(*slots.shape, *part.shape[1:]) for part in read)
-    return attend_decodes(query, keys, values, decode.visible, rule, sinks)
+    return attend_decodes(query, keys, values, decode.mask(query.dtype), rule, sinks)

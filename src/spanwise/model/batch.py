@@ -7,6 +7,8 @@ from functools import cached_property
 
 import torch
 
+from spanwise.device.attention import mask_of
+
 
 @dataclass(frozen=True)
 class ChunkRead:
@@ -43,10 +45,15 @@ class DecodeRead:
         return self.counts.shape[0]
 
     @cached_property
-    def visible(self) -> torch.Tensor:
-        """Which places count, ``[rows, length]``."""
-        length = self.slots.shape[0] // self.num_rows
-        return torch.arange(length, device=self.counts.device) < self.counts[:, None]
+    def _masks(self) -> dict[torch.dtype, torch.Tensor]:
+        return {}
+
+    def mask(self, dtype: torch.dtype) -> torch.Tensor:
+        """What is added to scores ``[rows, length]``; the same for all layers."""
+        if dtype not in self._masks:
+            length = self.slots.shape[0] // self.num_rows
+            self._masks[dtype] = mask_of(self.counts, length, dtype)
+        return self._masks[dtype]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from spanwise.device.linear import Linear
+from spanwise.device.linear import Linear, fill_rows
 
 Tables = tuple[torch.Tensor, torch.Tensor]
 # Of float32, what stays in a core's cache from one operation to the next.
@@ -60,8 +60,8 @@ class RmsNorm:
     """
 
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
-        self._weight, self._eps = weight, eps
-        self._dim = weight.shape[0]
+        self._weight, self._mean = weight, 1.0 / weight.shape[0]
+        self._eps = torch.full((1, 1), eps, device=weight.device)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[..., dim]`` to the same."""
@@ -73,8 +73,8 @@ class RmsNorm:
     def _norm(self, hidden: torch.Tensor) -> torch.Tensor:
         exact = hidden.float()
         # torch's own rms_norm takes twice the time for many rows.
-        scale = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
-        scale = scale.square_().div_(self._dim).add_(self._eps).rsqrt_()
+        size = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
+        scale = torch.addcmul(self._eps, size, size, value=self._mean).rsqrt_()
         normed = exact * scale if exact is hidden else exact.mul_(scale)
         if self._weight.dtype == hidden.dtype:
             return normed.to(hidden.dtype).mul_(self._weight)
@@ -108,32 +108,46 @@ class Rotary:
         return (heads * self._cos).addcmul_(torch.cat((above, below), dim=-1), self._sin)
 
 
-class GatedMlp:
-    """Activation of the gate times the rest, both from one product."""
-
-    def __init__(
-        self,
-        gate_up: Linear,
-        activation: Callable[[torch.Tensor], torch.Tensor],
-        down: Callable[[torch.Tensor], torch.Tensor],
-    ) -> None:
-        self._gate_up, self._activation, self._down = gate_up, activation, down
+class Projection(Protocol):
+    """A linear back to the hidden states, on one rank or over several."""
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """``[tokens, hidden]`` to the same."""
-        gate, up = self._gate_up(hidden).chunk(2, dim=-1)
-        return self._down(self._activation(gate).mul_(up))
+        """``[rows, in]`` to ``[rows, hidden]``."""
+        ...
+
+    def add_to(self, residual: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """``residual`` ``[rows, hidden]`` and the product of ``hidden`` ``[rows, in]``."""
+        ...
+
+
+class GatedMlp:
+    """Up and gate, activation, down."""
+
+    def __init__(self, gate: Callable[[torch.Tensor], torch.Tensor], down: Projection) -> None:
+        self._gate, self._down = gate, down
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``[rows, hidden]`` to the same."""
+        return self._down(self._gate(hidden))
+
+    def add_to(self, residual: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """The same, and the residual."""
+        return self._down.add_to(residual, self._gate(hidden))
 
 
 class OwnMlp:
     """The layer's own module: routed experts, for one."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
+    def __init__(self, module: Callable[[torch.Tensor], Any]) -> None:
+        self.module = module
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[tokens, hidden]`` to the same."""
-        return first_of(self._module(hidden[None]))[0]
+        return first_of(self.module(hidden[None]))[0]
+
+    def add_to(self, residual: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """The same, and the residual."""
+        return residual + self(hidden)
 
 
 @dataclass(frozen=True)
@@ -151,7 +165,7 @@ class FlatAttention:
     def __init__(
         self,
         qkv: Linear,
-        out: Callable[[torch.Tensor], torch.Tensor],
+        out: Projection,
         heads: tuple[int, int, int],
         norms: tuple[RmsNorm | None, RmsNorm | None],
         rotary: Rotary | None,
@@ -161,9 +175,18 @@ class FlatAttention:
         self.options = AttentionOptions(None, None, None)
         self.handler: Handler | None = None
 
-    def __call__(self, hidden: torch.Tensor, tables: Tables | None) -> torch.Tensor:
-        """``[tokens, hidden]`` to the same."""
-        heads = self._qkv(hidden).view(hidden.shape[0], -1, self._dim)
+    def __call__(self, hidden: torch.Tensor, tables: Tables | None, count: int) -> torch.Tensor:
+        """``[rows, hidden]`` to the same; the first ``count`` rows are tokens."""
+        return self._out(self._mixed(hidden, tables, count))
+
+    def add_to(
+        self, residual: torch.Tensor, hidden: torch.Tensor, tables: Tables | None, count: int
+    ) -> torch.Tensor:
+        """The same, and the residual."""
+        return self._out.add_to(residual, self._mixed(hidden, tables, count))
+
+    def _mixed(self, hidden: torch.Tensor, tables: Tables | None, count: int) -> torch.Tensor:
+        heads = self._qkv(hidden)[:count].view(count, -1, self._dim)
         num_rotated = self._num_query + self._num_kv
         rotated, value = heads[:, :num_rotated], heads[:, num_rotated:]
         query_norm, key_norm = self._norms
@@ -178,22 +201,27 @@ class FlatAttention:
         self.handler.write(key, value)
         options = self.options
         mixed = self.handler.attend_tokens(query, options.scaling, options.softcap, options.sinks)
-        return self._out(mixed.flatten(1))
+        return mixed.flatten(1) if hidden.shape[0] == count else fill_rows(mixed.flatten(1))
 
 
 class FlatLayer:
-    """One decoder layer; stands for its forward. ``replaced``: the linears it computes itself."""
+    """One decoder layer; stands for its forward. ``replaced``: the linears it computes itself.
+
+    ``fills``: its linears want filled rows, which go through the whole layer then.
+    """
 
     def __init__(
         self,
         attention: FlatAttention,
-        mlp: Callable[[torch.Tensor], torch.Tensor],
+        mlp: GatedMlp | OwnMlp,
         norms: Mapping[str, RmsNorm],
         places: Norms,
         returns_tuple: bool,
         replaced: Sequence[nn.Module],
+        fills: bool,
     ) -> None:
         self.attention, self.mlp, self._returns_tuple = attention, mlp, returns_tuple
+        self._fills = fills
         self.replaced = tuple(replaced)
         self._before_attention = norms.get(places.before_attention)
         self._after_attention = norms.get(places.after_attention)
@@ -205,11 +233,22 @@ class FlatLayer:
     ) -> Any:
         """``[1, tokens, hidden]`` to the same, in a tuple where the layer gave one."""
         hidden = hidden_states[0]
-        mixed = self.attention(_normed(self._before_attention, hidden), position_embeddings)
-        hidden = hidden + _normed(self._after_attention, mixed)
-        mixed = self.mlp(_normed(self._before_mlp, hidden))
-        hidden = hidden + _normed(self._after_mlp, mixed)
-        return (hidden[None],) if self._returns_tuple else hidden[None]
+        count = hidden.shape[0]
+        if self._fills:
+            hidden = fill_rows(hidden)
+        normed = _normed(self._before_attention, hidden)
+        if self._after_attention is None:
+            hidden = self.attention.add_to(hidden, normed, position_embeddings, count)
+        else:
+            mixed = self.attention(normed, position_embeddings, count)
+            hidden = hidden + self._after_attention(mixed)
+        normed = _normed(self._before_mlp, hidden)
+        if self._after_mlp is None:
+            hidden = self.mlp.add_to(hidden, normed)
+        else:
+            hidden = hidden + self._after_mlp(self.mlp(normed))
+        hidden = hidden[None, :count]
+        return (hidden,) if self._returns_tuple else hidden
 
 
 def _normed(norm: RmsNorm | None, hidden: torch.Tensor) -> torch.Tensor:

@@ -9,11 +9,20 @@ where it gives the same queries, keys, values and output. Every other layer keep
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from spanwise.device.linear import Linear, PlainLinear
+from spanwise.device.linear import (
+    Activation,
+    JoinedGate,
+    Linear,
+    PackedGate,
+    PackedLinear,
+    PlainLinear,
+    post_op_of,
+)
 from spanwise.model.flat import (
     AttentionOptions,
     FlatAttention,
@@ -21,6 +30,7 @@ from spanwise.model.flat import (
     GatedMlp,
     Norms,
     OwnMlp,
+    Projection,
     RmsNorm,
     Rotary,
 )
@@ -35,6 +45,17 @@ from spanwise.model.watch import (
 )
 
 MakeLinear = Callable[[torch.Tensor, torch.Tensor | None], Linear]
+
+
+@dataclass(frozen=True)
+class LinearForm:
+    """How linears are made of a weight and a bias, and which weights are packed so."""
+
+    make: MakeLinear
+    packs: Callable[[torch.Tensor], bool]
+
+
+_PLAIN = LinearForm(PlainLinear, lambda _: False)
 
 _ARRANGEMENTS = (
     Norms(before_attention="input_layernorm", before_mlp="post_attention_layernorm"),
@@ -58,8 +79,8 @@ _NO_OPERATION = (nn.Dropout, nn.Identity)
 class Flattener:
     """Makes flat layers of the layers of one shard; a kind of layer is checked once."""
 
-    def __init__(self, hidden_size: int, make: MakeLinear) -> None:
-        self._hidden_size, self._make = hidden_size, make
+    def __init__(self, hidden_size: int, form: LinearForm) -> None:
+        self._hidden_size, self._form = hidden_size, form
         self._rotary = Rotary()
         self._seen: dict[object, tuple[bool, AttentionOptions] | None] = {}
 
@@ -70,7 +91,7 @@ class Flattener:
             return self._rebuild(parts, self._seen[kind])
         self._seen[kind] = None
         try:
-            candidates = [self._build(parts, rotates, PlainLinear) for rotates in (True, False)]
+            candidates = [self._build(parts, rotates, _PLAIN) for rotates in (True, False)]
             own = watch_layer(parts, self._hidden_size)
         except NoMatchError:
             return None
@@ -86,14 +107,14 @@ class Flattener:
         if found is None:
             return None
         try:
-            flat = self._build(parts, found[0], self._make)
+            flat = self._build(parts, found[0], self._form)
         except NoMatchError:
             return None
         flat.attention.options = _own_options(found[1], parts)
         flat.attention.handler = parts.handler
         return flat
 
-    def _build(self, parts: LayerParts, rotates: bool, make: MakeLinear) -> FlatLayer:
+    def _build(self, parts: LayerParts, rotates: bool, form: LinearForm) -> FlatLayer:
         children = dict(parts.layer.named_children())
         others = {
             name
@@ -103,12 +124,14 @@ class Flattener:
         places = next((norms for norms in _ARRANGEMENTS if norms.names == others), None)
         if places is None or "mlp" not in children or list(parts.layer.parameters(recurse=False)):
             raise NoMatchError
-        linears = _Linears(make)
+        linears = _Linears(form)
         rotary = self._rotary if rotates else None
         attention = _attention(children[parts.attention], parts, rotary, linears)
         norms = {name: _norm(children[name]) for name in places.names}
         mlp = _mlp(children["mlp"], linears)
-        return FlatLayer(attention, mlp, norms, places, parts.returns_tuple, linears.replaced)
+        fills = linears.has_packed and isinstance(mlp, GatedMlp)
+        returns_tuple, replaced = parts.returns_tuple, linears.replaced
+        return FlatLayer(attention, mlp, norms, places, returns_tuple, replaced, fills)
 
 
 def _kind(layer: nn.Module) -> object:
@@ -130,33 +153,59 @@ def _kind(layer: nn.Module) -> object:
 class _Linears:
     """Makes the linears of one layer, and notes which of its modules they replace."""
 
-    def __init__(self, make: MakeLinear) -> None:
-        self._make = make
+    def __init__(self, form: LinearForm) -> None:
+        self._form = form
         self.replaced: list[nn.Module] = []
+        self.has_packed = False
 
     def joined(self, linears: Sequence[nn.Linear]) -> Linear:
         """Linears of one input as one, their columns side by side."""
         self.replaced += linears
-        weight = torch.cat(tuple(linear.weight for linear in linears))
-        if all(linear.bias is None for linear in linears):
-            return self._make(weight, None)
-        biases = tuple(
-            torch.zeros_like(linear.weight[:, 0]) if linear.bias is None else linear.bias
-            for linear in linears
-        )
-        return self._make(weight, torch.cat(biases))
+        return self._made(*_joined(linears))
 
-    def back(self, module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    def gate(
+        self, linears: Sequence[nn.Linear], activation: Activation
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Gate and up, two linears or one of both."""
+        self.replaced += linears
+        weight, bias = _joined(linears)
+        gate_weight, up_weight = weight.chunk(2)
+        post_op = post_op_of(activation) if self._form.packs(gate_weight) else None
+        if post_op is None:
+            return JoinedGate(self._made(weight, bias), activation)
+        gate_bias, up_bias = (None, None) if bias is None else bias.chunk(2)
+        gate, up = self._made(gate_weight, gate_bias), self._made(up_weight, up_bias)
+        assert isinstance(gate, PackedLinear) and isinstance(up, PackedLinear)
+        return PackedGate(gate, up, post_op)
+
+    def back(self, module: nn.Module) -> Projection:
         """A linear back to the hidden states, whose products ranks may have to add up."""
         self.replaced.append(module)
         forward = module.__dict__.get("forward")
         if not isinstance(forward, RowParallel):
             linear = _plain_linear(module)
-            return self._make(linear.weight, linear.bias)
+            return self._made(linear.weight, linear.bias)
         assert isinstance(module, nn.Linear)
         own = RowParallel(module, forward.context)
-        own.product = self._make(module.weight, None)
+        own.product = self._made(module.weight, None)
         return own
+
+    def _made(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+        linear = self._form.make(weight, bias)
+        self.has_packed |= isinstance(linear, PackedLinear)
+        return linear
+
+
+def _joined(linears: Sequence[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The weights and biases of linears of one input, their columns side by side."""
+    weight = torch.cat(tuple(linear.weight for linear in linears))
+    if all(linear.bias is None for linear in linears):
+        return weight, None
+    biases = tuple(
+        torch.zeros_like(linear.weight[:, 0]) if linear.bias is None else linear.bias
+        for linear in linears
+    )
+    return weight, torch.cat(biases)
 
 
 def _attention(
@@ -184,7 +233,7 @@ def _attention(
     )
 
 
-def _mlp(module: nn.Module, linears: _Linears) -> Callable[[torch.Tensor], torch.Tensor]:
+def _mlp(module: nn.Module, linears: _Linears) -> GatedMlp | OwnMlp:
     children = _with_weights(module)
     down = children.pop("down_proj", None)
     packed = children.pop("gate_up_proj", None)
@@ -195,8 +244,8 @@ def _mlp(module: nn.Module, linears: _Linears) -> Callable[[torch.Tensor], torch
     if not is_gated or list(module.parameters(recurse=False)) or None in used:
         return OwnMlp(module)
     assert down is not None and activation is not None
-    gate_up = linears.joined([_plain_linear(linear) for linear in used])
-    return GatedMlp(gate_up, activation, linears.back(down))
+    gate = linears.gate([_plain_linear(linear) for linear in used], activation)
+    return GatedMlp(gate, linears.back(down))
 
 
 def _with_weights(module: nn.Module) -> dict[str, nn.Module]:

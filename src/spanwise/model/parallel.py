@@ -40,6 +40,10 @@ class RowParallel:
         bias = self.module.bias
         return total + bias if isinstance(bias, torch.Tensor) else total
 
+    def add_to(self, residual: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """``[rows, out]`` and ``[rows, in_share]`` to ``[rows, out]``, equal on every rank."""
+        return residual + self(hidden)
+
     def _multiply(self, hidden: torch.Tensor) -> torch.Tensor:
         weight = self.module.weight
         assert isinstance(weight, torch.Tensor)

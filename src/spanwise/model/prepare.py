@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from spanwise.device.int8 import Int8Linear
-from spanwise.device.linear import Linear, PlainLinear, make_linear
+from spanwise.device.linear import Linear, PlainLinear, make_linear, packs
 from spanwise.model import tables
 from spanwise.model.attention import LayerAttention
-from spanwise.model.flatten import Flattener
+from spanwise.model.flatten import Flattener, LinearForm
 from spanwise.model.parallel import GatheredLinear, RowParallel, is_linear, replace_forward
 from spanwise.model.probe import Probe
 from spanwise.model.stage import replace_own_forward
@@ -46,7 +46,8 @@ class _Preparation:
         self._grown = 0
 
     def run(self, handlers: dict[int, LayerAttention]) -> int:
-        flattener = Flattener(int(self._model.config.get_text_config().hidden_size), self._of_layer)
+        form = LinearForm(self._of_layer, lambda w: self._quantization is None and packs(w))
+        flattener = Flattener(int(self._model.config.get_text_config().hidden_size), form)
         for index, handler in handlers.items():
             self._flatten(index, handler, flattener)
         self._pack()

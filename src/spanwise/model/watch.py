@@ -102,10 +102,10 @@ class Shown:
             seen.insert(3, self.mlp[0])
 
             def repeat(hidden: torch.Tensor) -> torch.Tensor:
-                taken.append(hidden)
-                return self.mlp[1]
+                taken.append(hidden[0])
+                return self.mlp[1][None]
 
-            flat.mlp = repeat
+            flat.mlp.module = repeat
         output = first_of(flat(self.hidden, self.tables))
         pairs = zip([*watch.given, *taken, output], seen, strict=True)
         return all(own.shape == wanted.shape and is_close(own, wanted) for own, wanted in pairs)
