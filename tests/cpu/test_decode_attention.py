@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tests.support.replica import Replica
 from tests.support.tiny_models import prompts, save_tiny_model
 
+from spanwise.device import attention
 from spanwise.device.attention import AttentionRule, attend_chunk, attend_decodes, mask_of
 from spanwise.model.shard import Shard
 from spanwise.runner.rows import filled_length
@@ -57,7 +58,11 @@ def test_a_row_is_the_same_alone(dtype: torch.dtype, softcap: float, has_sinks: 
 @pytest.mark.parametrize(
     ("start", "first", "window"), [(0, 0, 0), (0, 0, 5), (12, 0, 0), (12, 0, 5), (12, 8, 5)]
 )
-def test_a_chunk_is_what_its_scores_say(start: int, first: int, window: int) -> None:
+@pytest.mark.parametrize("at_once", [4, 512])
+def test_a_chunk_is_what_its_scores_say(
+    start: int, first: int, window: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_MASKED_QUERIES", at_once)
     count = 9
     total = start + count
     query = drawn(count, KV_HEADS, GROUP, DIM)

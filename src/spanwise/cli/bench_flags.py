@@ -30,10 +30,11 @@ class ResultFlags:
 
 def engine_for(model: str, arguments: dict[str, Any], num_seats: int = 1) -> EngineConfig:
     """The engine's config, its model found; it has at least ``num_seats`` where none are given."""
-    from spanwise.engine.config import EngineConfig, engine_config
+    from spanwise.engine.config import OFFLINE_STEP_TOKENS, EngineConfig, engine_config
     from spanwise.model.folder import resolve_model
 
     seats = max(EngineConfig(model=model).max_num_seqs, num_seats)
     # The arguments first: a wrong one needs no model.
     engine_config(model, **arguments)
-    return engine_config(str(resolve_model(model)), **{"max_num_seqs": seats} | arguments)
+    defaults = {"max_num_seqs": seats, "max_step_tokens": OFFLINE_STEP_TOKENS}
+    return engine_config(str(resolve_model(model)), **defaults | arguments)

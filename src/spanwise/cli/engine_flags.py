@@ -33,7 +33,7 @@ class LimitFlags:
         int | None, Parameter(help="Sequences computed at once in a copy. Default: 64.")
     ] = None
     max_step_tokens: Annotated[
-        int | None, Parameter(help="Tokens computed in one step. Default: 512.")
+        int | None, Parameter(help="Tokens computed in one step. Default: 2048; serve: 512.")
     ] = None
     kv_cache_memory: Annotated[
         str | None,

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+# A mask, or scores, of so many queries at a time; what is longer would take gigabytes of them.
+_MASKED_QUERIES = 512
+
 
 @dataclass(frozen=True)
 class AttentionRule:
@@ -43,15 +46,37 @@ def attend_chunk(
     Returns ``[n, kv_heads, group, value_dim]``.
     """
     key, value = _read_heads(key, value, rule)
+    num_queries = query.shape[0]
+    begins = start == first_key and key.shape[0] == num_queries
+    is_plain = not rule.softcap and sinks is None
+    is_causal = is_plain and begins and (not rule.window or num_queries <= rule.window)
+    size = num_queries if is_causal else _MASKED_QUERIES
+    parts = []
+    for at in range(0, num_queries, size):
+        own = query[at : at + size]
+        seen = start + at + own.shape[0] - first_key
+        place = (start + at, first_key)
+        parts.append(_attend_block(own, key[:seen], value[:seen], *place, rule, sinks, is_causal))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _attend_block(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    start: int,
+    first_key: int,
+    rule: AttentionRule,
+    sinks: torch.Tensor | None,
+    is_causal: bool,
+) -> torch.Tensor:
     num_queries, _, group, _ = query.shape
     grouped = query.permute(1, 2, 0, 3)
     keys, values = key.transpose(0, 1), value.transpose(0, 1)
+    mask = None
+    if not is_causal:
+        mask = _visible(num_queries, key.shape[0], start, first_key, rule.window, query.device)
     if not rule.softcap and sinks is None:
-        begins = start == first_key and key.shape[0] == num_queries
-        is_causal = begins and (not rule.window or num_queries <= rule.window)
-        mask = None
-        if not is_causal:
-            mask = _visible(num_queries, key.shape[0], start, first_key, rule.window, query.device)
         # A KV head's keys serve its group without being copied: the group is a dim of stride 0.
         out = F.scaled_dot_product_attention(
             grouped,
@@ -62,7 +87,6 @@ def attend_chunk(
             scale=rule.scaling,
         )
     else:
-        mask = _visible(num_queries, key.shape[0], start, first_key, rule.window, query.device)
         out = _explicit(grouped[None], keys[None], values[None], mask, rule, sinks)[0]
     return out.permute(2, 0, 1, 3)
 

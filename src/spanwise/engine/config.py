@@ -13,6 +13,9 @@ from spanwise.layout.request import LayoutRequest
 from spanwise.scheduler.config import Batching
 from spanwise.types.worker import Quantization
 
+# Where nobody waits between two tokens: fewer prompts are cut, and histories are read less often.
+OFFLINE_STEP_TOKENS = 2048
+
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """A model, devices, a layout and limits; None leaves a choice to the engine.

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from spanwise.engine.choice import LiveRequest
-from spanwise.engine.config import engine_config
+from spanwise.engine.config import OFFLINE_STEP_TOKENS, engine_config
 from spanwise.engine.core import EngineCore
 from spanwise.engine.engine import Engine
 from spanwise.engine.grammar import GrammarChecker
@@ -66,7 +66,7 @@ class LLM:
         quantization: Quantization | None = None,
         max_model_len: int | None = None,
         max_num_seqs: int = 64,
-        max_step_tokens: int = 512,
+        max_step_tokens: int = OFFLINE_STEP_TOKENS,
         block_size: int = 16,
         kv_cache_memory: int | None = None,
         prefix_caching: bool = True,
