@@ -158,6 +158,8 @@ COMPARISONS = (
     _on_one("decode", "decode, batch 1", "hardware", by="linears, batch 1"),
     _on_one("decode", "decode, batch 8", "hardware", by="linears, batch 8"),
     _on_one("decode", "decode, batch 1", "hardware", 0.75, "weights read"),
+    Comparison("int8", "int8", "decode, batch 1", "spanwise int8", "spanwise", 1.3),
+    Comparison("int8", "int8", "decode, batch 8", "spanwise int8", "spanwise", 1.3),
     _on_one("prefill", "prefill 16 x 256", "vllm", 1.0),
     _on_one("prefill", "prefill 16 x 256", "transformers"),
     _on_one("serving", LONG_PROMPTS, "vllm", 0.95),

@@ -34,7 +34,7 @@ from machine import describe_machine, save, table_of
 from measures import COMPARISONS, MEASURES, Comparison
 from vllm_venv import vllm_python
 
-ROWS = ("decode", "prefill", "serving", "layouts", "startup")
+ROWS = ("decode", "int8", "prefill", "serving", "layouts", "startup")
 PEERS = ("spanwise", "transformers", "vllm")
 MIN_RUNS, QUICK_RUNS = 5, 2
 KV_CACHE_GIB = 1
@@ -78,7 +78,7 @@ def main() -> int:
         wanted = [
             each
             for each in COMPARISONS
-            if each.row in rows and each.theirs.split()[0] in (*peers, "hardware")
+            if each.row in rows and each.theirs.split()[0] in (*peers, "spanwise", "hardware")
         ]
         lines = compare(bench, wanted, found)
         if "startup" in rows:
@@ -92,7 +92,8 @@ def main() -> int:
     if chosen.quick:
         print(table(lines))
     else:
-        save("peers", found, table(lines))
+        is_whole = set(rows) == set(ROWS) and set(peers) == set(PEERS)
+        save("peers" if is_whole else f"peers_{'_'.join(rows)}", found, table(lines))
     return 0 if all(line["holds"] is not False for line in lines) else 1
 
 
@@ -135,6 +136,9 @@ def _engines(vllm: Path | None, environment: dict[str, str]) -> dict[str, Engine
     one_thread = {"OMP_NUM_THREADS": "1"}
     specs = {
         "spanwise": EngineSpec("engine_spanwise.py", options={"layout": {}}),
+        "spanwise int8": EngineSpec(
+            "engine_spanwise.py", options={"layout": {"quantization": "int8"}}
+        ),
         "transformers": EngineSpec(
             "engine_transformers.py", options={"continuous": False}, environment=one_thread
         ),
