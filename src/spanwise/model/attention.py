@@ -31,6 +31,7 @@ class LayerAttention:
         self.context, self.layer, self.spec = context, layer, spec
         self.kv_index = None if kv_index is None else torch.tensor(kv_index, device=device)
         self.store: LayerStore | None = None
+        self._rules: dict[tuple[int, float | None, float | None], AttentionRule] = {}
 
     def attend(
         self,
@@ -72,6 +73,8 @@ class LayerAttention:
         # The query heads of a KV head together; each alone where they do not divide evenly.
         kv_heads = store.keys.shape[1] if self.kv_index is None else heads
         queries = query.reshape(tokens, kv_heads, heads // kv_heads, dim)
+        if len(reads.decodes) == 1 and reads.decodes[0].tokens is None:  # all rows of the step
+            return _attend_decodes(queries, store, reads.decodes[0], rule, sinks).flatten(1, 2)
         out = queries.new_empty((*queries.shape[:3], store.values.shape[2]))
         for chunk in reads.chunks:
             keys, values = store.read(chunk.slots)
@@ -80,9 +83,7 @@ class LayerAttention:
                 queries[own], keys, values, chunk.start, chunk.first_key, rule, sinks
             )
         for decode in reads.decodes:
-            if decode.tokens is None:
-                out = _attend_decodes(queries, store, decode, rule, sinks)
-                break
+            assert decode.tokens is not None
             given = queries.index_select(0, decode.tokens)
             out.index_copy_(0, decode.tokens, _attend_decodes(given, store, decode, rule, sinks))
         return out.flatten(1, 2)
@@ -109,12 +110,15 @@ class LayerAttention:
     def _rule(
         self, query: torch.Tensor, scaling: float | None, softcap: float | None
     ) -> AttentionRule:
-        return AttentionRule(
-            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-            window=self.spec.window,
-            softcap=softcap or 0.0,
-            kv_index=self.kv_index,
-        )
+        given = (query.shape[-1], scaling, softcap)
+        if given not in self._rules:
+            self._rules[given] = AttentionRule(
+                scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+                window=self.spec.window,
+                softcap=softcap or 0.0,
+                kv_index=self.kv_index,
+            )
+        return self._rules[given]
 
     def _reads(self) -> CacheReads:
         step = self.context.step

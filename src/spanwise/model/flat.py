@@ -104,8 +104,8 @@ class Rotary:
         self._made_for = tables
 
     def _rotate(self, heads: torch.Tensor) -> torch.Tensor:
-        below, above = heads.chunk(2, dim=-1)
-        return (heads * self._cos).addcmul_(torch.cat((above, below), dim=-1), self._sin)
+        swapped = heads.roll(heads.shape[-1] // 2, dims=-1)  # the halves
+        return (heads * self._cos).addcmul_(swapped, self._sin)
 
 
 class Projection(Protocol):
