@@ -29,7 +29,12 @@ from spanwise import LLM, SamplingParams
 MODEL = "spanwise/tiny-dense"
 NUM_STREAMS, NUM_TOKENS = 64, 128
 LIMIT = 0.85
-ENGINE = {"devices": "cpu", "max_num_seqs": NUM_STREAMS, "dtype": "float32"}
+ENGINE = {
+    "devices": "cpu",
+    "max_num_seqs": NUM_STREAMS,
+    "max_step_tokens": 512,  # the same steps for both
+    "dtype": "float32",
+}
 
 
 def prompts() -> list[list[int]]:

@@ -70,7 +70,9 @@ def test_the_weights_as_they_were_loaded_are_let_go(
 
 
 @pytest.mark.parametrize(("pp", "tp"), [(1, 1), (2, 3)])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen2", "phi3", "mixtral", "gpt2", "gemma2", "gpt_oss"]
+)
 def test_packed_weights_give_the_same_tokens(
     family: str, pp: int, tp: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -151,6 +151,7 @@ def test_a_residual_is_added(dtype: torch.dtype, num_rows: int) -> None:
 
 def test_an_activation_that_onednn_does_not_have() -> None:
     assert post_op_of(torch.nn.Softsign()) is None
+    assert post_op_of(lambda x: torch.nn.functional.silu(x).clamp(max=20.0)) is None
     assert post_op_of(torch.nn.SiLU()) != post_op_of(torch.nn.GELU())
 
 
