@@ -2,7 +2,8 @@
 
 Called by the entry points, under the machine's own Python; uses the standard library only. A stamp
 in .venv says what it was made from, so an unchanged tree costs nothing. Safe when two run at once
-(one waits) and after a run that was killed (what it left half-made is made again).
+(one waits) and after a run that was killed (what it left half-made is made again). The C kernels
+have a stamp of their own: a change to them takes seconds.
 
 With --lowest it is .venv-lowest, which holds the lowest versions that the package supports. With
 --client NAME it is .venv-clients/NAME, which holds tests/server/clients/NAME.txt and not Spanwise.
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
+DEVICE = ROOT / "src" / "spanwise" / "device"
 LOWEST_PYTHON = (3, 11)
 HEARTBEAT_S = 30.0
 PIP_INSTALL = ["-m", "pip", "install", "--quiet", "--no-input", "--disable-pip-version-check"]
@@ -78,23 +80,57 @@ def chosen(arguments: list[str]) -> Environment:
 
 
 def main() -> None:
-    """Return at once when it is up to date; else bring it up to date, one process at a time."""
+    """Bring up to date what is not: the environment, and the C kernels in the tree."""
     if sys.version_info < LOWEST_PYTHON:
         fail(f"this is Python {version()}, 3.11 or newer is needed: set PYTHON=python3.11 or so")
     environment = chosen(sys.argv[1:])
+    prepare(environment)
+    if "--client" not in sys.argv:
+        prepare_kernels(environment)
+
+
+def prepare(environment: Environment) -> None:
+    """Return at once when it is up to date; else bring it up to date, one process at a time."""
     wanted = stamp(environment)
     if is_ready(environment, wanted):
         return
     with environment.files[-1].open() as lock:  # outside the folder, which may be made anew
-        wait_for_lock(environment, lock.fileno())
+        wait_for_lock(environment.name, lock.fileno())
         if not is_ready(environment, wanted):
             make_ready(environment, wanted, lock.fileno())
+
+
+def prepare_kernels(environment: Environment) -> None:
+    """The same for the C kernels, which all environments share."""
+    script, made = ROOT / "setup.py", ROOT / "build" / "kernels-stamp"
+    sources = sorted((DEVICE / "kernels").glob("*.[ch]"))
+    wanted = digest([text for path in (script, *sources) for text in (path.name, path.read_text())])
+
+    def are_ready() -> bool:
+        built = (DEVICE / "_kernels.so").exists()
+        return built and made.exists() and made.read_text() == wanted
+
+    if are_ready():
+        return
+    with script.open() as lock:
+        wait_for_lock("the C kernels", lock.fileno())
+        if are_ready():
+            return
+        say("compiling the C kernels")
+        command = [str(environment.python), script.name, "--quiet", "build_ext", "--inplace"]
+        if subprocess.run(command, cwd=ROOT, pass_fds=[lock.fileno()]).returncode != 0:
+            fail("the C kernels do not compile; the reason stands above")
+        made.write_text(wanted)
 
 
 def stamp(environment: Environment) -> str:
     """A digest of all that it depends on. The root is part: an editable install points at it."""
     texts = [path.read_text() for path in environment.files]
-    parts = [*texts, version(), str(ROOT)]
+    return digest([*texts, version(), str(ROOT)])
+
+
+def digest(parts: list[str]) -> str:
+    """A digest of all of them."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
@@ -109,12 +145,12 @@ def is_ready(environment: Environment, wanted: str) -> bool:
     return made and environment.stamp.read_text() == wanted
 
 
-def wait_for_lock(environment: Environment, lock: int) -> None:
+def wait_for_lock(name: str, lock: int) -> None:
     """Take the lock; say so when another run holds it."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        say(f"another run is preparing {environment.name}; waiting for it")
+        say(f"another run is preparing {name}; waiting for it")
         fcntl.flock(lock, fcntl.LOCK_EX)
 
 

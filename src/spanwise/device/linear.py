@@ -14,6 +14,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from spanwise.device import native
+
 Activation = Callable[[torch.Tensor], torch.Tensor]
 # An activation as oneDNN knows it: its name, its numbers, and which algorithm.
 PostOp = tuple[str, list[float], str]
@@ -25,6 +27,13 @@ _ROWS_HINT = 64
 _FEW_ROWS = 16
 # A smaller weight stays in a core's cache: packing gains little, and a kernel is compiled as ever.
 _LEAST_BYTES = 1 << 20
+# Of our own kernel, device/kernels/linear.c: which panels it knows, what it calls things.
+_PANEL_WIDTHS = (32, 64)
+_INPUTS_STEP = 32
+_NATIVE_ACTIVATIONS = {("none", ""): 0, ("swish", ""): 1, ("relu", ""): 2, ("gelu", "tanh"): 3}
+_NATIVE_COMBINATIONS = {"add": 1, "mul": 2}
+_DRAWN_ROWS = 2
+_TOLERANCE = 0.02  # of the largest value: two roundings to bfloat16
 _NOTHING: PostOp = ("none", [], "")
 _ACTIVATIONS: tuple[tuple[PostOp, Activation], ...] = (
     (("swish", [], ""), F.silu),
@@ -73,6 +82,8 @@ class PackedLinear:
 
     What follows the product is done on its way out of the kernel, in float32, which saves a pass
     through memory each: an activation, a sum, a product with something else.
+
+    Few rows are left to a kernel of our own, which reads the same blocks faster.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -82,6 +93,9 @@ class PackedLinear:
         self._apply = torch.ops.mkldnn._linear_pointwise.default
         self._combine = torch.ops.mkldnn._linear_pointwise.binary
         self.num_bytes = weight.nbytes
+        self._address = 0
+        self._width = self._panel_width(weight.dtype)
+        self.most_few_rows = native.linear_most_rows(self._width) if self._width else 0
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[..., in]`` to ``[..., out]``."""
@@ -92,8 +106,10 @@ class PackedLinear:
         rows = hidden if hidden.dim() == 2 else hidden.reshape(-1, self._in)
         if not rows.shape[0]:
             return hidden.new_empty((*hidden.shape[:-1], self._out))
-        out: torch.Tensor = self._apply(fill_rows(rows), self._weight, self._bias, *post_op)
-        out = out[: rows.shape[0]]
+        if rows.shape[0] <= self.most_few_rows and post_op[::2] in _NATIVE_ACTIVATIONS:
+            out = self._few_rows(rows, _NATIVE_ACTIVATIONS[post_op[::2]])
+        else:
+            out = self._apply(fill_rows(rows), self._weight, self._bias, *post_op)[: rows.shape[0]]
         return out if rows is hidden else out.view(*hidden.shape[:-1], self._out)
 
     def add_to(self, residual: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
@@ -107,9 +123,44 @@ class PackedLinear:
     def _combined(self, other: torch.Tensor, hidden: torch.Tensor, how: str) -> torch.Tensor:
         if not hidden.shape[0]:
             return torch.empty_like(other)
+        if hidden.shape[0] <= self.most_few_rows:
+            return self._few_rows(hidden, 0, other, _NATIVE_COMBINATIONS[how])
         filled, others = fill_rows(hidden), fill_rows(other)
         out: torch.Tensor = self._combine(filled, others, self._weight, self._bias, how)
         return out[: hidden.shape[0]]
+
+    def _few_rows(
+        self,
+        rows: torch.Tensor,
+        activation: int,
+        other: torch.Tensor | None = None,
+        combine: int = 0,
+    ) -> torch.Tensor:
+        out = torch.empty(rows.shape[0], self._out, dtype=rows.dtype)
+        native.linear(self._address, self._width, rows, self._bias, other, out, activation, combine)
+        return out
+
+    def _panel_width(self, dtype: torch.dtype) -> int:
+        """How wide the blocks are that oneDNN chose; 0 where our own kernel does not know them.
+
+        The blocks are oneDNN's own affair: what is read from them is compared with what it gives.
+        """
+        if dtype != torch.bfloat16 or self._in % _INPUTS_STEP:
+            return 0
+        self._address = int(torch.ops.mkldnn.data_ptr(self._weight))
+        num_bytes = int(torch.ops.mkldnn._nbytes(self._weight))
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.randn(_DRAWN_ROWS, self._in, generator=generator).to(dtype)
+        for width in _PANEL_WIDTHS:
+            read_bytes = -(-self._out // width) * width * self._in * dtype.itemsize
+            if not native.linear_most_rows(width) or read_bytes > num_bytes:
+                continue
+            self._width, self.most_few_rows = width, 0
+            right = self._apply(drawn, self._weight, self._bias, *_NOTHING).float()
+            own = self._few_rows(drawn, 0).float()
+            if (own - right).abs().max() <= _TOLERANCE * right.abs().max():
+                return width
+        return 0
 
 
 class JoinedGate:
@@ -155,6 +206,12 @@ def num_filled_rows(num_rows: int) -> int:
         return max(2, 1 << (num_rows - 1).bit_length())
     step = max(_FEW_ROWS, (1 << (num_rows - 1).bit_length()) // _FEW_ROWS)
     return -(-num_rows // step) * step
+
+
+def wants_filled(rows: torch.Tensor) -> bool:
+    """Whether rows ``[n, in]`` on their way through packed linears are best filled before."""
+    few = max(native.linear_most_rows(width) for width in _PANEL_WIDTHS)
+    return rows.dtype != torch.bfloat16 or rows.shape[0] > few
 
 
 def fill_rows(rows: torch.Tensor) -> torch.Tensor:

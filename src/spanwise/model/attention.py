@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
+from spanwise.device import native
 from spanwise.device.attention import AttentionRule, attend_chunk, attend_decodes
 from spanwise.device.paged_attention import paged_decode, reads_in_place
+from spanwise.device.rotary import Angles, place
 from spanwise.model.batch import CacheReads, DecodeRead
 from spanwise.model.context import ShardContext
 from spanwise.model.paged_cache import LayerStore
@@ -52,11 +54,15 @@ class LayerAttention:
         keys, values = key[0].transpose(0, 1), value[0].transpose(0, 1)
         return self._expanded(queries, keys, values, rule, s_aux)[None]
 
-    def write(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Store the step's keys and values, ``[tokens, heads, dim]``."""
+    def place(self, heads: torch.Tensor, angles: Angles | None) -> torch.Tensor:
+        """Turn the step's queries and keys, store its keys and values; the queries.
+
+        ``heads`` ``[tokens, query + 2 * kv heads, dim]``.
+        """
         assert self.store is not None
         step = self.context.step
-        self.store.write(step.write_slots[step.group_of[self.layer]], key, value)
+        slots = step.write_slots[step.group_of[self.layer]]
+        return place(heads, angles, slots, self.store.keys, self.store.values)
 
     def attend_tokens(
         self,
@@ -134,6 +140,10 @@ def _attend_decodes(
 ) -> torch.Tensor:
     """``query`` ``[rows, kv_heads, group, dim]`` over the rows' histories."""
     slots = decode.slots.view(decode.num_rows, -1)
+    if native.attends(query, store.keys, store.values, rule, sinks):
+        return native.attend_decodes(
+            query, store.keys, store.values, slots, decode.counts, rule, sinks
+        )
     if reads_in_place(query, store.keys, store.values, rule, sinks):
         counts = decode.counts
         return paged_decode(query, store.keys, store.values, slots, counts, rule, sinks)

@@ -12,9 +12,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from spanwise.device.linear import Linear, fill_rows
+from spanwise.device import native
+from spanwise.device.linear import Linear, fill_rows, wants_filled
+from spanwise.device.rotary import Angles, Rotary, Tables
 
-Tables = tuple[torch.Tensor, torch.Tensor]
 # Of float32, what stays in a core's cache from one operation to the next.
 _CACHED_VALUES = 1 << 16
 
@@ -22,8 +23,11 @@ _CACHED_VALUES = 1 << 16
 class Handler(Protocol):
     """Where a layer's keys and values go, and who answers its queries: ``LayerAttention``."""
 
-    def write(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Store the step's keys and values, ``[tokens, heads, dim]``."""
+    def place(self, heads: torch.Tensor, angles: Angles | None) -> torch.Tensor:
+        """Turn the queries and keys of ``[tokens, query + 2 * kv heads, dim]``, store the rest.
+
+        Returns the queries.
+        """
         ...
 
     def attend_tokens(
@@ -60,15 +64,24 @@ class RmsNorm:
     """
 
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
-        self._weight, self._mean = weight, 1.0 / weight.shape[0]
+        self._weight, self._mean, self.eps = weight, 1.0 / weight.shape[0], eps
         self._eps = torch.full((1, 1), eps, device=weight.device)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[..., dim]`` to the same."""
+        if native.takes(hidden):
+            return native.rms_norm(hidden, self._weight, self.eps)
         if hidden.numel() <= _CACHED_VALUES:
             return self._norm(hidden)
         rows = max(1, _CACHED_VALUES * hidden.shape[0] // hidden.numel())
         return torch.cat([self._norm(part) for part in torch.split(hidden, rows)])
+
+    def in_place(self, hidden: torch.Tensor) -> None:
+        """Put the norm of ``[tokens, heads, dim]`` in its place."""
+        if native.takes(hidden):
+            native.rms_norm(hidden, self._weight, self.eps, out=hidden)
+        else:
+            hidden.copy_(self(hidden))
 
     def _norm(self, hidden: torch.Tensor) -> torch.Tensor:
         exact = hidden.float()
@@ -79,33 +92,6 @@ class RmsNorm:
         if self._weight.dtype == hidden.dtype:
             return normed.to(hidden.dtype).mul_(self._weight)
         return normed.mul_(self._weight).to(hidden.dtype)
-
-
-class Rotary:
-    """Rotary positions (arXiv:2104.09864) for halves of a head, from tables made once a step."""
-
-    def __init__(self) -> None:
-        self._made_for: Tables | None = None
-        self._cos = self._sin = torch.empty(0)
-
-    def __call__(self, heads: torch.Tensor, tables: Tables) -> torch.Tensor:
-        """``[tokens, heads, dim]`` to the same; tables ``[1, tokens, rotated dim]``."""
-        if self._made_for is not tables:
-            self._make(tables)
-        dim = self._cos.shape[-1]
-        if dim == heads.shape[-1]:
-            return self._rotate(heads)
-        return torch.cat((self._rotate(heads[..., :dim]), heads[..., dim:]), dim=-1)
-
-    def _make(self, tables: Tables) -> None:
-        cos, sin = (table[0][:, None] for table in tables)
-        below, above = sin.chunk(2, dim=-1)
-        self._cos, self._sin = cos, torch.cat((-below, above), dim=-1)
-        self._made_for = tables
-
-    def _rotate(self, heads: torch.Tensor) -> torch.Tensor:
-        swapped = heads.roll(heads.shape[-1] // 2, dims=-1)  # the halves
-        return (heads * self._cos).addcmul_(swapped, self._sin)
 
 
 class Projection(Protocol):
@@ -187,18 +173,16 @@ class FlatAttention:
 
     def _mixed(self, hidden: torch.Tensor, tables: Tables | None, count: int) -> torch.Tensor:
         heads = self._qkv(hidden)[:count].view(count, -1, self._dim)
-        num_rotated = self._num_query + self._num_kv
-        rotated, value = heads[:, :num_rotated], heads[:, num_rotated:]
         query_norm, key_norm = self._norms
         if query_norm is not None and key_norm is not None:
-            query, key = rotated[:, : self._num_query], rotated[:, self._num_query :]
-            rotated = torch.cat((query_norm(query), key_norm(key)), dim=1)
+            query_norm.in_place(heads[:, : self._num_query])
+            key_norm.in_place(heads[:, self._num_query : self._num_query + self._num_kv])
+        angles = None
         if self._rotary is not None:
             assert tables is not None
-            rotated = self._rotary(rotated, tables)
-        query, key = rotated[:, : self._num_query], rotated[:, self._num_query :]
+            angles = self._rotary.angles(tables)
         assert self.handler is not None
-        self.handler.write(key, value)
+        query = self.handler.place(heads, angles)
         options = self.options
         mixed = self.handler.attend_tokens(query, options.scaling, options.softcap, options.sinks)
         return mixed.flatten(1) if hidden.shape[0] == count else fill_rows(mixed.flatten(1))
@@ -234,7 +218,7 @@ class FlatLayer:
         """``[1, tokens, hidden]`` to the same, in a tuple where the layer gave one."""
         hidden = hidden_states[0]
         count = hidden.shape[0]
-        if self._fills:
+        if self._fills and wants_filled(hidden):
             hidden = fill_rows(hidden)
         normed = _normed(self._before_attention, hidden)
         if self._after_attention is None:

@@ -23,6 +23,7 @@ from spanwise.device.linear import (
     PlainLinear,
     post_op_of,
 )
+from spanwise.device.rotary import Rotary
 from spanwise.model.flat import (
     AttentionOptions,
     FlatAttention,
@@ -32,7 +33,6 @@ from spanwise.model.flat import (
     OwnMlp,
     Projection,
     RmsNorm,
-    Rotary,
 )
 from spanwise.model.parallel import RowParallel
 from spanwise.model.watch import (

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from spanwise.device.rotary import Angles, Tables, place
 from spanwise.model import seams
 from spanwise.model.attention import LayerAttention
-from spanwise.model.flat import AttentionOptions, FlatLayer, OwnMlp, Tables, first_of
+from spanwise.model.flat import AttentionOptions, FlatLayer, OwnMlp, first_of
 from spanwise.model.stage import own_forward
 
 NUM_ROWS = 3
@@ -41,8 +42,9 @@ class LayerParts:
 class _Watch(seams.CacheShape):
     """Stands for cache and attention while a layer shows what it does."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_kv: int) -> None:
         super().__init__()
+        self._num_kv = num_kv
         self.options = AttentionOptions(None, None, None)
         self.given: list[torch.Tensor] = []
 
@@ -50,12 +52,16 @@ class _Watch(seams.CacheShape):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep ``[1, heads, tokens, dim]`` as ``[tokens, heads, dim]``."""
-        self.write(key_states[0].transpose(0, 1), value_states[0].transpose(0, 1))
+        self.given += [key_states[0].transpose(0, 1), value_states[0].transpose(0, 1)]
         return key_states, value_states
 
-    def write(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Keep ``[tokens, heads, dim]``."""
-        self.given += [key, value]
+    def place(self, heads: torch.Tensor, angles: Angles | None) -> torch.Tensor:
+        """As ``LayerAttention.place``, in a cache of its own."""
+        tokens, _, dim = heads.shape
+        keys, values = (heads.new_empty(tokens, self._num_kv, dim) for _ in range(2))
+        query = place(heads, angles, torch.arange(tokens, device=heads.device), keys, values)
+        self.given += [keys, values]
+        return query
 
     def attend(
         self,
@@ -88,6 +94,7 @@ class Shown:
     given: Sequence[torch.Tensor]
     mlp: tuple[torch.Tensor, torch.Tensor]
     output: torch.Tensor
+    num_kv: int
 
     def is_given_by(self, flat: FlatLayer) -> bool:
         """Whether a flat layer gives the same keys, values, queries and output.
@@ -95,7 +102,7 @@ class Shown:
         Its own module in place of a flat MLP is only asked for its input: of two inputs that differ
         by rounding a router may send one elsewhere.
         """
-        watch, taken = _Watch(), list[torch.Tensor]()
+        watch, taken = _Watch(self.num_kv), list[torch.Tensor]()
         flat.attention.handler = watch
         seen = [*self.given, self.output]
         if isinstance(flat.mlp, OwnMlp):
@@ -122,7 +129,8 @@ def watch_layer(parts: LayerParts, hidden_size: int) -> Shown:
     like = next(module.parameters())
     hidden = draw(1, NUM_ROWS, hidden_size, like=like)
     tables = _draw_tables(parts, like)
-    watch, passed = _Watch(), list[torch.Tensor]()
+    num_kv = parts.handler.spec.num_heads
+    watch, passed = _Watch(num_kv), list[torch.Tensor]()
     # Rotary tables are the only way in which a flat layer knows positions.
     reached: list[bool] = []
     positions = seams.seen_positions(torch.arange(NUM_ROWS, device=like.device)[None], reached)
@@ -146,9 +154,8 @@ def watch_layer(parts: LayerParts, hidden_size: int) -> Shown:
         hook.remove()
     if len(watch.given) != 3 or len(passed) != 2 or reached:
         raise NoMatchError
-    return Shown(
-        hidden, tables, watch.options, watch.given, (passed[0], passed[1]), first_of(output)
-    )
+    shown = (hidden, tables, watch.options, watch.given, (passed[0], passed[1]))
+    return Shown(*shown, first_of(output), num_kv)
 
 
 def _draw_tables(parts: LayerParts, like: torch.Tensor) -> Tables:

@@ -1,0 +1,289 @@
+"""The C kernels give what the torch operations they replace give, for odd shapes and in company."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from spanwise.device import native
+from spanwise.device.attention import AttentionRule, attend_decodes, mask_of
+from spanwise.device.linear import PackedGate, PackedLinear, can_pack
+from spanwise.device.rotary import Angles, place
+
+DTYPES = (torch.float32, torch.bfloat16)
+# Of the largest value: another order of sums in float32; one rounding to bfloat16.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
+BATCHES = (1, 2, 3, 4, 5, 15, 16, 17, 31, 32, 33, 48, 50, 96)
+
+
+def drawn(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_close(own: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> None:
+    assert own.shape == right.shape and own.dtype == dtype
+    worst = (own.double() - right.double()).abs().max()
+    assert worst <= TOLERANCE[dtype] * right.double().abs().max()
+
+
+def test_the_kernels_were_built() -> None:
+    assert native.library() is not None
+
+
+def test_a_library_of_another_version_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(native, "_VERSION", native._VERSION + 1)
+    assert native.library.__wrapped__() is None
+    assert "install spanwise again" in caplog.text
+
+
+def test_without_a_library_torch_computes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    assert native.library.__wrapped__() is None
+    assert "install a C compiler" in caplog.text
+
+
+# -- few rows times a packed weight ----------------------------------------------------------------
+
+
+LINEARS = [(32, 32, False), (1000, 64, True), (257, 96, True), (1, 32, True), (640, 4096, False)]
+
+
+@pytest.mark.parametrize(("out", "width", "has_bias"), LINEARS, ids=lambda v: str(v))
+def test_few_rows(out: int, width: int, has_bias: bool) -> None:
+    dtype = torch.bfloat16
+    if not can_pack(torch.empty(1, 1, dtype=dtype)):
+        assert not any(native.linear_most_rows(width) for width in (32, 64))
+        return
+    weight = drawn(out, width, dtype=dtype) * 0.1
+    bias = drawn(out, dtype=dtype, seed=1) if has_bias else None
+    linear = PackedLinear(weight, bias)
+    assert linear.most_few_rows == max(native.linear_most_rows(panels) for panels in (32, 64))
+    exact = weight.double()
+    for rows in BATCHES:
+        hidden = drawn(rows, width + 8, dtype=dtype, seed=rows)[:, :width]  # rows with a distance
+        other = drawn(rows, out + 3, dtype=dtype, seed=rows)[:, :out]
+        right = hidden.double() @ exact.T + (0.0 if bias is None else bias.double())
+        assert_close(linear(hidden), right, dtype)
+        assert_close(linear.add_to(other, hidden), other.double() + right, dtype)
+        assert_close(linear.times(other, hidden), other.double() * right, dtype)
+        for post_op, activation in (
+            (("swish", [], ""), F.silu),
+            (("relu", [], ""), F.relu),
+            (("gelu", [], "tanh"), lambda x: F.gelu(x, approximate="tanh")),
+            (("gelu", [], "none"), F.gelu),
+        ):
+            assert_close(linear.activated(hidden, post_op), activation(right), dtype)
+
+
+def test_few_rows_of_a_gate() -> None:
+    dtype = torch.bfloat16
+    if not can_pack(torch.empty(1, 1, dtype=dtype)):
+        assert not any(native.linear_most_rows(width) for width in (32, 64))
+        return
+    gate, up = (drawn(96, 64, dtype=dtype, seed=seed) * 0.1 for seed in (1, 2))
+    own = PackedGate(PackedLinear(gate, None), PackedLinear(up, None), ("swish", [], ""))
+    hidden = drawn(5, 64, dtype=dtype)
+    exact = hidden.double()
+    right = F.silu(exact @ gate.double().T) * (exact @ up.double().T)
+    assert_close(own(hidden), right, dtype)
+
+
+def test_a_row_of_few_has_the_same_bits_in_any_company() -> None:
+    """On a processor whose kernel is the same for one row and many."""
+    dtype = torch.bfloat16
+    if not native.linear_most_rows(32):
+        assert native.linear_most_rows(64) in (0, 4)
+        return
+    linear = PackedLinear(drawn(320, 256, dtype=dtype), None)
+    hidden = drawn(96, 256, dtype=dtype, seed=1)
+    together = linear(hidden)
+    for rows in (1, 2, 16, 17, 33, 95):
+        assert torch.equal(linear(hidden[:rows]), together[:rows])
+
+
+@pytest.mark.parametrize("isa", ["AVX512_CORE_BF16", "AVX2"])
+def test_blocks_for_other_processors(isa: str) -> None:
+    """oneDNN packs otherwise for them: those blocks are known too, or left to oneDNN."""
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa}
+    test = f"{__file__}::test_blocks_are_known_or_left"
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stdout
+
+
+def test_blocks_are_known_or_left() -> None:
+    if not can_pack(torch.empty(1, 1, dtype=torch.bfloat16)):
+        return
+    weight = drawn(200, 128, dtype=torch.bfloat16)
+    linear = PackedLinear(weight, None)
+    for rows in (1, 3, 4, 9):
+        hidden = drawn(rows, 128, dtype=torch.bfloat16, seed=rows)
+        assert_close(linear(hidden), hidden.double() @ weight.double().T, torch.bfloat16)
+
+
+# -- norms -----------------------------------------------------------------------------------------
+
+
+def exact_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    exact = hidden.double()
+    scale = torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)
+    return exact * scale * weight.double()
+
+
+@pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "dim"), [(1, 1280), (3, 8), (17, 77), (40, 2048)])
+def test_rms_norm(rows: int, dim: int, dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+    if dtype == torch.float32 and weight_dtype == torch.bfloat16:
+        weight_dtype = torch.float32
+    hidden, weight = drawn(rows, dim, dtype=dtype), drawn(dim, dtype=weight_dtype, seed=1)
+    assert_close(native.rms_norm(hidden, weight, 1e-5), exact_norm(hidden, weight, 1e-5), dtype)
+
+
+def test_rms_norm_in_place_of_some_heads() -> None:
+    heads, weight = drawn(5, 7, 16, dtype=torch.float32), drawn(16, dtype=torch.float32, seed=1)
+    kept, middle = heads.clone(), heads[:, 2:5]
+    native.rms_norm(middle, weight, 1e-6, out=middle)
+    assert_close(middle, exact_norm(kept[:, 2:5], weight, 1e-6), torch.float32)
+    assert torch.equal(heads[:, :2], kept[:, :2]) and torch.equal(heads[:, 5:], kept[:, 5:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_norm_of_what_is_no_number_is_none(dtype: torch.dtype) -> None:
+    hidden = torch.ones(2, 32, dtype=dtype)
+    hidden[0, 3] = float("nan")
+    own = native.rms_norm(hidden, torch.ones(32, dtype=dtype), 1e-6)
+    assert own[0].isnan().all() and own[1].isfinite().all()
+
+
+# -- rotary positions and the cache ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dim", "rotated"), [(64, 64), (16, 8), (6, 2), (80, 0)])
+@pytest.mark.parametrize("tokens", [1, 35])
+def test_place(tokens: int, dim: int, rotated: int, dtype: torch.dtype) -> None:
+    num_query, num_kv = 6, 2
+    heads = drawn(tokens, num_query + 2 * num_kv, dim, dtype=dtype)
+    slots = torch.randperm(50, generator=torch.Generator().manual_seed(1))[:tokens]
+    keys, values = (torch.zeros(50, num_kv, dim, dtype=dtype) for _ in range(2))
+    turns = drawn(tokens, rotated // 2, dtype=torch.float32, seed=2).repeat(1, 2)
+    angles = Angles(turns.cos().to(dtype), turns.sin().to(dtype)) if rotated else None
+    exact = heads.double()
+    turned = exact[:, : num_query + num_kv, :rotated]
+    if angles is not None:
+        swapped = torch.cat((-turned[..., rotated // 2 :], turned[..., : rotated // 2]), dim=-1)
+        cosines, sines = angles.cosines.double()[:, None], angles.sines.double()[:, None]
+        exact[:, : num_query + num_kv, :rotated] = turned * cosines + swapped * sines
+    query = place(heads, angles, slots, keys, values)
+    assert_close(query, exact[:, :num_query], dtype)
+    assert_close(keys[slots], exact[:, num_query : num_query + num_kv], dtype)
+    assert_close(values[slots], exact[:, num_query + num_kv :], dtype)
+    others = [slot for slot in range(50) if slot not in slots.tolist()]
+    assert not keys[others].any() and not values[others].any()
+
+
+# -- attention of last tokens ----------------------------------------------------------------------
+
+SHAPES = [
+    (1, 1, 1, 1, 8, 8),
+    (3, 5, 2, 2, 8, 8),
+    (4, 70, 2, 3, 16, 8),
+    (2, 40, 1, 4, 80, 96),
+    (5, 33, 3, 1, 128, 64),
+    (2, 100, 2, 16, 256, 256),
+]
+RULES = [AttentionRule(0.3), AttentionRule(0.3, softcap=5.0)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_attention(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    rows, length, kv_heads, group, dim, value_dim = shape
+    keys = drawn(500, kv_heads, dim, dtype=dtype)
+    values = drawn(500, kv_heads, value_dim, dtype=dtype, seed=1)
+    query = drawn(rows, kv_heads * group + 2, dim, dtype=dtype, seed=2)[:, : kv_heads * group]
+    query = query.view(rows, kv_heads, group, dim)
+    generator = torch.Generator().manual_seed(3)
+    slots = torch.randint(0, 500, (rows, length), generator=generator)
+    counts = torch.randint(1, length + 1, (rows,), generator=generator)
+    for sinks in (None, drawn(kv_heads * group, dtype=dtype, seed=4)):
+        for rule in RULES:
+            assert native.attends(query, keys, values, rule, sinks)
+            own = native.attend_decodes(query, keys, values, slots, counts, rule, sinks)
+            right = attend_decodes(
+                query.double(),
+                keys[slots].double(),
+                values[slots].double(),
+                mask_of(counts, length, torch.float64),
+                rule,
+                None if sinks is None else sinks.double(),
+            )
+            assert_close(own, right, dtype)
+
+
+def test_attention_never_reads_beyond_a_rows_count() -> None:
+    keys, values = (drawn(8, 1, 64, dtype=torch.float32, seed=seed) for seed in (1, 2))
+    keys[7] = values[7] = float("nan")
+    query = drawn(1, 1, 2, 64, dtype=torch.float32)
+    slots = torch.tensor([[0, 1, 2, 7, 7, 7]])
+    counts = torch.tensor([3])
+    own = native.attend_decodes(query, keys, values, slots, counts, RULES[0])
+    assert own.isfinite().all()
+
+
+def test_a_row_has_the_same_bits_in_any_company() -> None:
+    keys, values = (drawn(200, 2, 64, dtype=torch.float32, seed=seed) for seed in (1, 2))
+    query = drawn(4, 2, 3, 64, dtype=torch.float32)
+    slots = torch.randint(0, 200, (4, 150), generator=torch.Generator().manual_seed(3))
+    counts = torch.tensor([150, 3, 32, 33])
+    together = native.attend_decodes(query, keys, values, slots, counts, RULES[0])
+    for row in range(4):
+        part = slice(row, row + 1)
+        own_slots = slots[part, : int(counts[row])].contiguous()
+        own = native.attend_decodes(
+            query[part], keys, values, own_slots, counts[part].clone(), RULES[0]
+        )
+        assert torch.equal(own, together[part])
+
+
+def test_heads_too_wide_are_left_to_torch() -> None:
+    wide = drawn(1, 1, 1, 320, dtype=torch.float32)
+    pages = drawn(4, 1, 320, dtype=torch.float32)
+    assert not native.attends(wide, pages, pages, RULES[0], None)
+    many = drawn(1, 1, 17, 64, dtype=torch.float32)
+    assert not native.attends(many, pages[..., :64], pages[..., :64], RULES[0], None)
+
+
+# -- threads ---------------------------------------------------------------------------------------
+
+
+def test_several_threads_give_the_same_bits() -> None:
+    hidden = drawn(100, 256, dtype=torch.float32)
+    weight = torch.ones(256)
+    threads = torch.get_num_threads()
+    linear = PackedLinear(drawn(320, 256, dtype=torch.float32).bfloat16(), None)
+    rows = hidden[:7].bfloat16()
+    try:
+        results = []
+        for count in (1, 4):
+            torch.set_num_threads(count)
+            results.append((native.rms_norm(hidden, weight, 1e-6), linear(rows)))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
