@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from spanwise.device.activations import activation_name
 from spanwise.device.linear import (
     JoinedGate,
     PackedGate,
@@ -17,7 +18,6 @@ from spanwise.device.linear import (
     fill_rows,
     make_linear,
     num_filled_rows,
-    post_op_of,
 )
 
 COUNTS = (1, 2, 3, 7, 8, 16, 32, 33, 64, 130)
@@ -122,13 +122,13 @@ ACTIVATIONS = {
 @pytest.mark.parametrize("num_rows", [1, 5, 16, 37])
 def test_a_packed_gate_is_a_joined_one(dtype: torch.dtype, name: str, num_rows: int) -> None:
     activation = ACTIVATIONS[name]
-    post_op = post_op_of(activation)
-    assert post_op is not None
+    name = activation_name(activation)
+    assert name is not None
     weights, biases = drawn(2 * 48, 32, dtype=dtype).chunk(2), drawn(2 * 48, dtype=dtype).chunk(2)
     gate, up = (PackedLinear(*parts) for parts in zip(weights, biases, strict=True))
     joined = JoinedGate(PlainLinear(torch.cat(weights), torch.cat(biases)), activation)
     hidden = drawn(num_rows, 32, dtype=dtype)
-    found, wanted = PackedGate(gate, up, post_op)(hidden), joined(hidden)
+    found, wanted = PackedGate(gate, up, name)(hidden), joined(hidden)
     assert found.shape == wanted.shape
     # Three roundings, one of them before the two factors are multiplied.
     rounding = torch.finfo(dtype).eps * wanted.abs().max()
@@ -150,9 +150,9 @@ def test_a_residual_is_added(dtype: torch.dtype, num_rows: int) -> None:
 
 
 def test_an_activation_that_onednn_does_not_have() -> None:
-    assert post_op_of(torch.nn.Softsign()) is None
-    assert post_op_of(lambda x: torch.nn.functional.silu(x).clamp(max=20.0)) is None
-    assert post_op_of(torch.nn.SiLU()) != post_op_of(torch.nn.GELU())
+    assert activation_name(torch.nn.Softsign()) is None
+    assert activation_name(lambda x: torch.nn.functional.silu(x).clamp(max=20.0)) is None
+    assert activation_name(torch.nn.SiLU()) != activation_name(torch.nn.GELU())
 
 
 @torch.inference_mode()
@@ -161,13 +161,11 @@ def test_what_follows_a_product_depends_on_no_other_row(shape: tuple[int, int]) 
     packed = PackedLinear(drawn(*shape, dtype=torch.float32), None)
     hidden = drawn(max(COUNTS), shape[1], dtype=torch.float32)
     other = drawn(max(COUNTS), shape[0], dtype=torch.float32)
-    post_op = post_op_of(torch.nn.SiLU())
-    assert post_op is not None
+    name = activation_name(torch.nn.SiLU())
+    assert name is not None
     for count in COUNTS:
         rows, others = hidden[:count], other[:count]
-        assert torch.equal(
-            packed.activated(rows, post_op), packed.activated(hidden, post_op)[:count]
-        )
+        assert torch.equal(packed.activated(rows, name), packed.activated(hidden, name)[:count])
         assert torch.equal(packed.times(others, rows), packed.times(other, hidden)[:count])
         assert torch.equal(packed.add_to(others, rows), packed.add_to(other, hidden)[:count])
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from spanwise.device import native
+from spanwise.device.activations import ACTIVATIONS
 from spanwise.device.attention import AttentionRule, attend_decodes, mask_of
 from spanwise.device.linear import PackedGate, PackedLinear, can_pack
 from spanwise.device.rotary import Angles, place
@@ -76,13 +77,8 @@ def test_few_rows(out: int, width: int, has_bias: bool) -> None:
         assert_close(linear(hidden), right, dtype)
         assert_close(linear.add_to(other, hidden), other.double() + right, dtype)
         assert_close(linear.times(other, hidden), other.double() * right, dtype)
-        for post_op, activation in (
-            (("swish", [], ""), F.silu),
-            (("relu", [], ""), F.relu),
-            (("gelu", [], "tanh"), lambda x: F.gelu(x, approximate="tanh")),
-            (("gelu", [], "none"), F.gelu),
-        ):
-            assert_close(linear.activated(hidden, post_op), activation(right), dtype)
+        for name, activation in ACTIVATIONS.items():
+            assert_close(linear.activated(hidden, name), activation(right), dtype)
 
 
 def test_few_rows_of_a_gate() -> None:
@@ -91,7 +87,7 @@ def test_few_rows_of_a_gate() -> None:
         assert not any(native.linear_most_rows(width) for width in (32, 64))
         return
     gate, up = (drawn(96, 64, dtype=dtype, seed=seed) * 0.1 for seed in (1, 2))
-    own = PackedGate(PackedLinear(gate, None), PackedLinear(up, None), ("swish", [], ""))
+    own = PackedGate(PackedLinear(gate, None), PackedLinear(up, None), "silu")
     hidden = drawn(5, 64, dtype=dtype)
     exact = hidden.double()
     right = F.silu(exact @ gate.double().T) * (exact @ up.double().T)

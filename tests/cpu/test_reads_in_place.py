@@ -17,7 +17,7 @@ import torch
 from tests.support.replica import Replica
 from tests.support.tiny_models import prompts, save_tiny_model
 
-from spanwise.device import paged_attention
+from spanwise.device import native, paged_attention
 from spanwise.device.attention import AttentionRule, attend_decodes, mask_of
 from spanwise.device.paged_attention import LayerKind, reads_in_place
 from spanwise.model import attention
@@ -130,6 +130,7 @@ def test_layers_hand_over_rows_slots_and_counts(
         calls += 1
         return gathered(*arguments)
 
+    monkeypatch.setattr(native, "library", lambda: None)  # it comes before
     monkeypatch.setattr(attention, "reads_in_place", lambda *_: True)
     monkeypatch.setattr(attention, "paged_decode", paged_decode)
     assert Replica(tmp_path).generate(asked, 20, sampling)[0] == wanted

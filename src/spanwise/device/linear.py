@@ -7,18 +7,15 @@ On a CPU the weight is packed: reordered once, at load, to the blocks that oneDN
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 
 from spanwise.device import native
-
-Activation = Callable[[torch.Tensor], torch.Tensor]
-# An activation as oneDNN knows it: its name, its numbers, and which algorithm.
-PostOp = tuple[str, list[float], str]
+from spanwise.device.activations import Activation, activation_name
+from spanwise.device.fused_cuda import gated
 
 _PACKED_DTYPES = (torch.float32, torch.bfloat16)
 # The number of rows the blocks are chosen for. With fewer, oneDNN may choose blocks with which its
@@ -30,17 +27,18 @@ _LEAST_BYTES = 1 << 20
 # Of our own kernel, device/kernels/linear.c: which panels it knows, what it calls things.
 _PANEL_WIDTHS = (32, 64)
 _INPUTS_STEP = 32
-_NATIVE_ACTIVATIONS = {("none", ""): 0, ("swish", ""): 1, ("relu", ""): 2, ("gelu", "tanh"): 3}
+_NATIVE_ACTIVATIONS = {"": 0, "silu": 1, "relu": 2, "gelu-tanh": 3}
 _NATIVE_COMBINATIONS = {"add": 1, "mul": 2}
 _DRAWN_ROWS = 2
 _TOLERANCE = 0.02  # of the largest value: two roundings to bfloat16
-_NOTHING: PostOp = ("none", [], "")
-_ACTIVATIONS: tuple[tuple[PostOp, Activation], ...] = (
-    (("swish", [], ""), F.silu),
-    (("gelu", [], "tanh"), partial(F.gelu, approximate="tanh")),
-    (("gelu", [], "none"), F.gelu),
-    (("relu", [], ""), F.relu),
-)
+# What oneDNN calls activations: a name, numbers, which algorithm. "" is none.
+_POST_OPS: dict[str, tuple[str, list[float], str]] = {
+    "": ("none", [], ""),
+    "silu": ("swish", [], ""),
+    "gelu-tanh": ("gelu", [], "tanh"),
+    "gelu": ("gelu", [], "none"),
+    "relu": ("relu", [], ""),
+}
 
 
 class Linear(Protocol):
@@ -99,16 +97,17 @@ class PackedLinear:
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[..., in]`` to ``[..., out]``."""
-        return self.activated(hidden, _NOTHING)
+        return self.activated(hidden, "")
 
-    def activated(self, hidden: torch.Tensor, post_op: PostOp) -> torch.Tensor:
-        """The product with an activation, ``[..., in]`` to ``[..., out]``."""
+    def activated(self, hidden: torch.Tensor, activation: str) -> torch.Tensor:
+        """The product with a named activation, ``[..., in]`` to ``[..., out]``."""
         rows = hidden if hidden.dim() == 2 else hidden.reshape(-1, self._in)
         if not rows.shape[0]:
             return hidden.new_empty((*hidden.shape[:-1], self._out))
-        if rows.shape[0] <= self.most_few_rows and post_op[::2] in _NATIVE_ACTIVATIONS:
-            out = self._few_rows(rows, _NATIVE_ACTIVATIONS[post_op[::2]])
+        if rows.shape[0] <= self.most_few_rows and activation in _NATIVE_ACTIVATIONS:
+            out = self._few_rows(rows, _NATIVE_ACTIVATIONS[activation])
         else:
+            post_op = _POST_OPS[activation]
             out = self._apply(fill_rows(rows), self._weight, self._bias, *post_op)[: rows.shape[0]]
         return out if rows is hidden else out.view(*hidden.shape[:-1], self._out)
 
@@ -156,7 +155,7 @@ class PackedLinear:
             if not native.linear_most_rows(width) or read_bytes > num_bytes:
                 continue
             self._width, self.most_few_rows = width, 0
-            right = self._apply(drawn, self._weight, self._bias, *_NOTHING).float()
+            right = self._apply(drawn, self._weight, self._bias, *_POST_OPS[""]).float()
             own = self._few_rows(drawn, 0).float()
             if (own - right).abs().max() <= _TOLERANCE * right.abs().max():
                 return width
@@ -168,32 +167,26 @@ class JoinedGate:
 
     def __init__(self, joined: Linear, activation: Activation) -> None:
         self._joined, self._activation = joined, activation
+        self._name = activation_name(activation)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[rows, in]`` to ``[rows, out]``."""
-        gate, up = self._joined(hidden).chunk(2, dim=-1)
+        joined = self._joined(hidden)
+        if self._name is not None and joined.device.type == "cuda":
+            return gated(joined, self._name)
+        gate, up = joined.chunk(2, dim=-1)
         return self._activation(gate).mul_(up)
 
 
 class PackedGate:
     """As ``JoinedGate``, of two packed products, so that nothing is left to do after them."""
 
-    def __init__(self, gate: PackedLinear, up: PackedLinear, post_op: PostOp) -> None:
-        self._gate, self._up, self._post_op = gate, up, post_op
+    def __init__(self, gate: PackedLinear, up: PackedLinear, activation: str) -> None:
+        self._gate, self._up, self._activation = gate, up, activation
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[rows, in]`` to ``[rows, out]``."""
-        return self._up.times(self._gate.activated(hidden, self._post_op), hidden)
-
-
-def post_op_of(activation: Activation) -> PostOp | None:
-    """What oneDNN calls an activation, by what it does to some numbers; None where it is none."""
-    drawn = torch.linspace(-64.0, 64.0, 2049)  # as far as some are cut off
-    seen = activation(drawn.clone())
-    for post_op, reference in _ACTIVATIONS:
-        if torch.allclose(seen, reference(drawn), rtol=1e-6, atol=1e-5):
-            return post_op
-    return None
+        return self._up.times(self._gate.activated(hidden, self._activation), hidden)
 
 
 @cache

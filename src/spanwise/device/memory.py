@@ -113,11 +113,26 @@ def move_together(tensors: Sequence[torch.Tensor], device: torch.device) -> list
     Each copy by itself from ordinary memory would make the host wait for the device.
     """
     sizes = [tensor.numel() for tensor in tensors]
-    pin = device.type == "cuda"
-    whole = torch.empty(sum(sizes), dtype=tensors[0].dtype, pin_memory=pin)
-    torch.cat([tensor.reshape(-1) for tensor in tensors], out=whole)
-    parts = torch.split(whole.to(device, non_blocking=True), sizes)
+    parts = torch.split(_staged(tensors, device).to(device, non_blocking=True), sizes)
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def move_into(tensors: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+    """As ``move_together``, one after the other into a flat tensor of just their size.
+
+    What reads it is given to the device after this, and was before: the copy waits its turn there.
+    """
+    out.copy_(_staged(tensors, out.device), non_blocking=True)
+
+
+def _staged(tensors: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Tensors made on the host as one that a device can fetch by itself.
+
+    torch keeps such memory and gives it out again when the copy from it is done.
+    """
+    size = sum(tensor.numel() for tensor in tensors)
+    whole = torch.empty(size, dtype=tensors[0].dtype, pin_memory=device.type == "cuda")
+    return torch.cat([tensor.reshape(-1) for tensor in tensors], out=whole)
 
 
 def _mib(num_bytes: int) -> str:

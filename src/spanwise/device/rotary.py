@@ -7,7 +7,7 @@ from functools import cached_property
 
 import torch
 
-from spanwise.device import native
+from spanwise.device import fused_cuda, native
 
 Tables = tuple[torch.Tensor, torch.Tensor]
 
@@ -75,6 +75,9 @@ def place(
             heads, None if angles is None else angles.exact, slots, keys, values
         )
         return heads[:, :num_query]
+    if heads.device.type == "cuda" and angles is not None:
+        cosines, sines = angles.cosines, angles.sines
+        return fused_cuda.rotate_and_write(heads, cosines, sines, slots, keys, values)
     turned, value = heads[:, : num_query + num_kv], heads[:, num_query + num_kv :]
     if angles is not None:
         turned = angles.turn(turned)

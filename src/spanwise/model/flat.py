@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from spanwise.device import native
+from spanwise.device import fused_cuda, native
 from spanwise.device.linear import Linear, fill_rows, wants_filled
 from spanwise.device.rotary import Angles, Rotary, Tables
 
@@ -71,6 +71,8 @@ class RmsNorm:
         """``[..., dim]`` to the same."""
         if native.takes(hidden):
             return native.rms_norm(hidden, self._weight, self.eps)
+        if hidden.device.type == "cuda":
+            return fused_cuda.rms_norm(hidden, self._weight, self.eps)
         if hidden.numel() <= _CACHED_VALUES:
             return self._norm(hidden)
         rows = max(1, _CACHED_VALUES * hidden.shape[0] // hidden.numel())

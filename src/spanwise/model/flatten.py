@@ -14,14 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from spanwise.device.activations import Activation, activation_name
 from spanwise.device.linear import (
-    Activation,
     JoinedGate,
     Linear,
     PackedGate,
     PackedLinear,
     PlainLinear,
-    post_op_of,
 )
 from spanwise.device.rotary import Rotary
 from spanwise.model.flat import (
@@ -170,13 +169,13 @@ class _Linears:
         self.replaced += linears
         weight, bias = _joined(linears)
         gate_weight, up_weight = weight.chunk(2)
-        post_op = post_op_of(activation) if self._form.packs(gate_weight) else None
-        if post_op is None:
+        name = activation_name(activation) if self._form.packs(gate_weight) else None
+        if name is None:
             return JoinedGate(self._made(weight, bias), activation)
         gate_bias, up_bias = (None, None) if bias is None else bias.chunk(2)
         gate, up = self._made(gate_weight, gate_bias), self._made(up_weight, up_bias)
         assert isinstance(gate, PackedLinear) and isinstance(up, PackedLinear)
-        return PackedGate(gate, up, post_op)
+        return PackedGate(gate, up, name)
 
     def back(self, module: nn.Module) -> Projection:
         """A linear back to the hidden states, whose products ranks may have to add up."""

@@ -89,6 +89,18 @@ class Shard:
         """Width of the hidden states handed between stages."""
         return int(self.model.config.get_text_config().hidden_size)
 
+    @property
+    def is_recordable(self) -> bool:
+        """Whether decode steps of one shape are always the same operations, read in place.
+
+        The host picks the tokens of routed experts, and goes through latents row by row. Query
+        heads that do not divide evenly need their histories gathered.
+        """
+        if any(own.kind == "latent" for own in self.layer_caches.values()):
+            return False
+        is_even = all(handler.kv_index is None for handler in self._attention.values())
+        return is_even and not self.cut.experts
+
     def join(self, tp: Communicator, stores: dict[int, LayerStore]) -> None:
         """Take part in a tensor-parallel group, with a cache."""
         self.context.tp = tp

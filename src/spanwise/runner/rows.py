@@ -53,8 +53,7 @@ class BatchBuilder:
     ) -> None:
         self._windows = [group.window for group in layout.groups]
         self._device, self._expanded = device, expanded
-        of_layer = {layer: g for g, group in enumerate(layout.groups) for layer in group.layers}
-        self._group_of = tuple(of_layer[layer] for layer in range(num_layers))
+        self._group_of = group_of(layout, num_layers)
 
     def build(
         self, rows: Sequence[Row], known: SequenceTable, reads_tokens: bool
@@ -76,7 +75,7 @@ class BatchBuilder:
             seats += [sequence.seat] * row.count
             places.append(_Place(row, offset, sequence.seat))
             offset += row.count
-        wanted, index = _wanted(rows, sequences)
+        wanted, index = wanted_logits(rows, sequences)
         ids = torch.tensor(token_ids) if reads_tokens else torch.zeros(offset, dtype=torch.long)
         assert ids.shape[0] == offset, "a row reads tokens that are not known"
         at, seat_of = torch.tensor(positions), torch.tensor(seats)
@@ -187,7 +186,13 @@ def _replaced(reads: CacheReads, moved: Iterator[torch.Tensor]) -> CacheReads:
     return CacheReads(chunks, tuple(decodes))
 
 
-def _wanted(
+def group_of(layout: CacheLayout, num_layers: int) -> tuple[int, ...]:
+    """The cache group of each layer."""
+    of_layer = {layer: g for g, group in enumerate(layout.groups) for layer in group.layers}
+    return tuple(of_layer[layer] for layer in range(num_layers))
+
+
+def wanted_logits(
     rows: Sequence[Row], sequences: Sequence[KnownSequence]
 ) -> tuple[list[WantedLogits], list[int]]:
     """Which tokens' logits are gathered, and who reads which of them."""

@@ -8,10 +8,13 @@ from mmap import mmap
 
 import torch
 
-from spanwise.comm.communicator import RankComm
+from spanwise.comm.communicator import Communicator, RankComm
+from spanwise.device.graphs import recorder_of
+from spanwise.device.memory import move_together
 from spanwise.model.shard import Shard
 from spanwise.runner.cache import attach_stores
 from spanwise.runner.constraints import Constraints
+from spanwise.runner.decode_graphs import DecodeGraphs
 from spanwise.runner.logprobs import prompt_logprobs
 from spanwise.runner.rows import BatchBuilder, WantedLogits
 from spanwise.runner.sampling import SampleRow, sample
@@ -68,6 +71,7 @@ class Runner:
             if not latent.isdisjoint(group.layers)
         )
         self._builder = BatchBuilder(spec.cache, spec.shard.num_layers, self._device, expanded)
+        self._graphs = _decode_graphs(shard, spec, comm.tp, self._device)
         self._awaited: deque[_AwaitedTokens] = deque()
 
     def execute(self, plan: StepPlan) -> StepResult | None:
@@ -83,15 +87,22 @@ class Runner:
             return LaneResult()
         if self._place.is_first:
             self._learn_tokens(step, lane)
-        batch, wanted = self._builder.build(lane.rows, self._known, self._place.is_first)
-        inbound = self._receive(batch.num_tokens)
-        output = self._shard.forward(batch, inbound)
+        output, wanted = self._forward(lane)
         if not self._place.is_last:
             assert self._comm.outbox is not None
             self._comm.outbox.send(output)
             self._await_tokens(step, lane)
             return LaneResult()
         return self._sample(output, wanted)
+
+    def _forward(self, lane: LanePlan) -> tuple[torch.Tensor, list[WantedLogits]]:
+        """What the stage gives, by a recording where there is one."""
+        staged = None if self._graphs is None else self._graphs.stage(lane.rows, self._known)
+        if self._graphs is not None and staged is not None:
+            output = self._graphs.run(staged, self._receive(staged.num_rows))
+            return output, staged.wanted
+        batch, wanted = self._builder.build(lane.rows, self._known, self._place.is_first)
+        return self._shard.forward(batch, self._receive(batch.num_tokens)), wanted
 
     def _receive(self, num_tokens: int) -> torch.Tensor | None:
         if self._comm.inbox is None:
@@ -142,7 +153,7 @@ class Runner:
         for w, token_id in zip(drawing, token_ids, strict=True):
             self._known[w.row.sequence_id].token_ids.append(token_id)
         if self._comm.tokens is not None and token_ids:
-            self._comm.tokens.send(torch.tensor(token_ids, device=self._device))
+            self._comm.tokens.send(move_together([torch.tensor(token_ids)], self._device)[0])
         answers = zip(token_ids, logprobs, strict=True)
         drawn = {w.row.sequence_id: a for w, a in zip(drawing, answers, strict=True)}
         results = []
@@ -187,6 +198,29 @@ class Runner:
             return None
         is_mean = sequence.intro.task == "pool_mean"
         return sequence.pool.mean(row.start + row.count if is_mean else 1)
+
+
+def _decode_graphs(
+    shard: Shard, spec: WorkerSpec, tp: Communicator, device: torch.device
+) -> DecodeGraphs | None:
+    """Recordings for decode steps, on a device that has some use for them."""
+    recorder = recorder_of(device)
+    if recorder is None or not shard.is_recordable or not _records_collectives(spec):
+        return None
+
+    def agree(is_so: bool) -> bool:
+        """Whether it is so on every rank of the group."""
+        if tp.size == 1:
+            return is_so
+        (given,) = move_together([torch.tensor([float(is_so)])], device)
+        return int(tp.all_reduce(given).item()) == tp.size
+
+    return DecodeGraphs(shard, spec.cache, spec.max_model_len, device, recorder, agree)
+
+
+def _records_collectives(spec: WorkerSpec) -> bool:
+    """Whether the shard's exchanges, if it has any, are the device's own work: those of NCCL."""
+    return spec.shard.tp_size == 1 or spec.store_port > 0
 
 
 def _picked(logits: torch.Tensor, index: list[int]) -> torch.Tensor:
