@@ -118,6 +118,27 @@ def test_every_tensor_is_loaded_as_it_was_saved(
             got = checkpoint.load(name, WantedTensor(tuple(expected.shape), torch.float32, cuts))
             assert got.is_contiguous()
             torch.testing.assert_close(got, apply_cuts(expected, cuts), rtol=0, atol=0)
+            view = checkpoint.view(name, WantedTensor(tuple(expected.shape), torch.float32, cuts))
+            assert view is None or torch.equal(view, got)
+
+
+def test_what_lies_in_one_piece_is_seen_without_a_copy(tmp_path: Path) -> None:
+    make_model("llama").save_pretrained(tmp_path)
+    checkpoint = Checkpoint.open(tmp_path, on_meta("llama"))
+    name = "model.layers.0.mlp.up_proj.weight"
+    stored = load_file(tmp_path / "model.safetensors")[name]
+    rows, columns = stored.shape
+
+    def seen(*cuts: TensorCut, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
+        return checkpoint.view(name, WantedTensor((rows, columns), dtype, cuts))
+
+    part = seen(TensorCut(0, ((1, 5),)))
+    assert part is not None and torch.equal(part, stored[1:5])
+    again = seen(TensorCut(0, ((1, 5),)))
+    assert again is not None and again.data_ptr() == part.data_ptr()
+    assert seen(TensorCut(0, ((1, 2), (4, 5)))) is None
+    assert seen(TensorCut(1, ((0, columns // 2),))) is None
+    assert seen(dtype=torch.bfloat16) is None
 
 
 def test_values_are_converted_to_the_wanted_dtype(tmp_path: Path) -> None:

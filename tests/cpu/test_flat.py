@@ -87,6 +87,23 @@ def test_packed_weights_give_the_same_tokens(
     assert worst_difference(tokens, logprobs, right) < LOGIT_TOLERANCE
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "qwen3_moe", "gpt_oss"])
+def test_nothing_of_a_loaded_shard_lies_in_the_files(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is packed is read from them; what somebody writes there later changes nothing."""
+    right = reference_of(family, tmp_path)
+    monkeypatch.setattr(linear, "_LEAST_BYTES", 0)
+    replica = Replica(right.folder)
+    for path in tmp_path.glob("**/*.safetensors"):
+        with path.open("r+b") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            file.seek(start)
+            file.write(b"\xff" * (path.stat().st_size - start))  # no numbers
+    sampling = [SamplingSpec()] * len(right.prompts)
+    assert replica.generate(right.prompts, NUM_TOKENS, sampling)[0] == right.tokens
+
+
 def test_a_head_tied_to_the_embedding_counts_as_one_more(
     folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

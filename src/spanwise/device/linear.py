@@ -30,6 +30,7 @@ _INPUTS_STEP = 32
 _NATIVE_ACTIVATIONS = {"": 0, "silu": 1, "relu": 2, "gelu-tanh": 3}
 _NATIVE_COMBINATIONS = {"add": 1, "mul": 2}
 _DRAWN_ROWS = 2
+_panel_widths: dict[tuple[int, int], int] = {}
 _TOLERANCE = 0.02  # of the largest value: two roundings to bfloat16
 # What oneDNN calls activations: a name, numbers, which algorithm. "" is none.
 _POST_OPS: dict[str, tuple[str, list[float], str]] = {
@@ -142,24 +143,29 @@ class PackedLinear:
     def _panel_width(self, dtype: torch.dtype) -> int:
         """How wide the blocks are that oneDNN chose; 0 where our own kernel does not know them.
 
-        The blocks are oneDNN's own affair: what is read from them is compared with what it gives.
+        The blocks are oneDNN's own affair: what is read from them is compared with what it gives,
+        once for each shape.
         """
         if dtype != torch.bfloat16 or self._in % _INPUTS_STEP:
             return 0
         self._address = int(torch.ops.mkldnn.data_ptr(self._weight))
+        shape = (self._out, self._in)
+        if shape not in _panel_widths:
+            candidates = filter(self._has_panels, _PANEL_WIDTHS)
+            _panel_widths[shape] = next(candidates, 0)
+        return _panel_widths[shape]
+
+    def _has_panels(self, width: int) -> bool:
+        read_bytes = -(-self._out // width) * width * self._in * 2
         num_bytes = int(torch.ops.mkldnn._nbytes(self._weight))
+        if not native.linear_most_rows(width) or read_bytes > num_bytes:
+            return False
         generator = torch.Generator().manual_seed(0)
-        drawn = torch.randn(_DRAWN_ROWS, self._in, generator=generator).to(dtype)
-        for width in _PANEL_WIDTHS:
-            read_bytes = -(-self._out // width) * width * self._in * dtype.itemsize
-            if not native.linear_most_rows(width) or read_bytes > num_bytes:
-                continue
-            self._width, self.most_few_rows = width, 0
-            right = self._apply(drawn, self._weight, self._bias, *_POST_OPS[""]).float()
-            own = self._few_rows(drawn, 0).float()
-            if (own - right).abs().max() <= _TOLERANCE * right.abs().max():
-                return width
-        return 0
+        drawn = torch.randn(_DRAWN_ROWS, self._in, generator=generator).bfloat16()
+        self._width = width
+        right = self._apply(drawn, self._weight, self._bias, *_POST_OPS[""]).float()
+        own = self._few_rows(drawn, 0).float()
+        return bool((own - right).abs().max() <= _TOLERANCE * right.abs().max())
 
 
 class JoinedGate:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from spanwise.errors import ModelError
 from spanwise.model.conversion import Converted, FullShapes, convert_names
 from spanwise.model.safetensors_file import SafetensorsFile, StoredTensor
-from spanwise.model.source import Part, Source, part_shape, whole
+from spanwise.model.source import Part, Source, Stored, part_shape, whole
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -80,14 +80,26 @@ class Checkpoint:
 
     def load(self, name: str, wanted: WantedTensor) -> torch.Tensor:
         """The wanted part of the model's tensor ``name``: contiguous, on the CPU, of its own."""
-        provider = self._provider(name)
-        if provider is None:
-            raise self._missing([name])
-        source = self.converted.sources[provider]
-        assert source.shape == wanted.shape, (name, source.shape, wanted.shape)
+        source = self._source(name, wanted)
         out = torch.empty(part_shape(wanted.part), dtype=wanted.dtype)
         source.copy_into(out, wanted.part)
         return out
+
+    def view(self, name: str, wanted: WantedTensor) -> torch.Tensor | None:
+        """As ``load``, but over the mapped file: it must not be written to, nor kept for long.
+
+        None where the part does not lie there in one piece, in the dtype wanted.
+        """
+        source = self._source(name, wanted)
+        if not isinstance(source, Stored) or source.tensor.dtype != wanted.dtype:
+            return None
+        found = source.tensor.view()
+        for dim, ranges in enumerate(wanted.part):
+            if len(ranges) != 1:
+                return None
+            begin, end = ranges[0]
+            found = found.narrow(dim, begin, end - begin)
+        return found if found.is_contiguous() else None
 
     def same(self, name: str, other: str) -> bool:
         """Whether two names that the config ties hold the same values.
@@ -99,6 +111,14 @@ class Checkpoint:
             return False
         one, two = (self.converted.sources[provider] for provider in providers if provider)
         return one is two or torch.equal(_read(one), _read(two))
+
+    def _source(self, name: str, wanted: WantedTensor) -> Source:
+        provider = self._provider(name)
+        if provider is None:
+            raise self._missing([name])
+        source = self.converted.sources[provider]
+        assert source.shape == wanted.shape, (name, source.shape, wanted.shape)
+        return source
 
     def _provider(self, name: str) -> str | None:
         """The name under which the tensor is there: its own, or one it is tied to."""

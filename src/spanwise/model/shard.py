@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spanwise.comm.communicator import Communicator
+from spanwise.device.linear import packs
 from spanwise.device.memory import claiming, giving_back
 from spanwise.model import seams, tables
 from spanwise.model.attention import LayerAttention
@@ -155,6 +156,7 @@ def load_shard(spec: ShardSpec, device: torch.device = _CPU) -> Shard:
         shard = draft.shard(device)
         if device.type != "meta":
             shard.prepare(draft.seen)
+        draft.settle()
         return shard
 
 
@@ -185,13 +187,26 @@ class _Draft:
         self.pieces = _pieces(self.model, self.cut, shapes)
         computed = sum(buffer.nbytes for buffer in self.model.buffers() if not buffer.is_meta)
         self.weight_bytes = sum(piece.num_bytes for piece in self.pieces) + computed
+        self._mapped: list[_Piece] = []
 
     def load(self, device: torch.device) -> None:
-        """Fill the model, on a device."""
+        """Fill the model, on a device; until ``settle`` with what lies in the files, in part."""
         for piece in self.pieces:
-            value = self.checkpoint.load(piece.source, piece.wanted).to(device)
-            _place(self.model, piece.names, value)
+            value = self.checkpoint.view(piece.source, piece.wanted)
+            if value is not None and device.type == "cpu" and value.dim() == 2 and packs(value):
+                self._mapped.append(piece)  # packing reads it: a copy would only be let go again
+            elif value is None or device.type == "cpu":
+                value = self.checkpoint.load(piece.source, piece.wanted)
+            _place(self.model, piece.names, value.to(device))
         move_computed(self.model, device)
+
+    def settle(self) -> None:
+        """Copy what still lies in the files: it was not packed."""
+        for piece in self._mapped:
+            names = [name for name in piece.names if not _tensor_of(self.model, name).is_meta]
+            if names:
+                _place(self.model, names, _tensor_of(self.model, names[0]).detach().clone())
+        self._mapped.clear()
 
     def shard(self, device: torch.device) -> Shard:
         """The shard; nothing may be changed here afterwards."""
@@ -215,6 +230,12 @@ def _pieces(
         piece = pieces.setdefault((source, cuts), _Piece(source, wanted, [], tensor.nbytes))
         piece.names.append(name)
     return list(pieces.values())
+
+
+def _tensor_of(model: PreTrainedModel, name: str) -> torch.Tensor:
+    owner, _, leaf = name.rpartition(".")
+    found: torch.Tensor = getattr(model.get_submodule(owner), leaf)
+    return found
 
 
 def _place(model: PreTrainedModel, names: list[str], value: torch.Tensor) -> None:
