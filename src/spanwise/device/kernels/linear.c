@@ -69,16 +69,21 @@ INLINE void finish_as(const struct linear *l, const float *sums, int64_t rows, i
 
 INLINE void finish(const struct linear *l, const float *sums, int64_t rows, int64_t row,
                    int64_t column, int64_t most) {
+/* A loop for each, which the compiler can turn to vectors. */
 #define FINISH(activation, combine)                                                                \
     finish_as(l, sums, rows, row, column, most, activation, combine)
-    if (l->activation == ACTIVATION_NONE && l->combine == COMBINE_NONE)
-        FINISH(ACTIVATION_NONE, COMBINE_NONE);
-    else if (l->activation == ACTIVATION_NONE && l->combine == COMBINE_ADD)
+    if (l->combine == COMBINE_ADD)
         FINISH(ACTIVATION_NONE, COMBINE_ADD);
-    else if (l->activation == ACTIVATION_NONE)
+    else if (l->combine == COMBINE_MULTIPLY)
         FINISH(ACTIVATION_NONE, COMBINE_MULTIPLY);
+    else if (l->activation == ACTIVATION_SWISH)
+        FINISH(ACTIVATION_SWISH, COMBINE_NONE);
+    else if (l->activation == ACTIVATION_RELU)
+        FINISH(ACTIVATION_RELU, COMBINE_NONE);
+    else if (l->activation == ACTIVATION_GELU_TANH)
+        FINISH(ACTIVATION_GELU_TANH, COMBINE_NONE);
     else
-        FINISH(l->activation, l->combine);
+        FINISH(ACTIVATION_NONE, COMBINE_NONE);
 #undef FINISH
 }
 
@@ -359,8 +364,8 @@ EXPORT int64_t linear_most_rows(int64_t width) {
 }
 
 /* input [rows, in] (rows input_stride apart) times the packed weight, to output [rows, out].
-   `in` is a multiple of 32. `other` [rows, out] where something is combined, `bias` [out] or
-   NULL. */
+   `in` is a multiple of 32; `bias` [out] or NULL. An activation, or `other` [rows, out] to be
+   combined with, not both. */
 EXPORT void linear(const void *weight, int64_t width, const void *input, int64_t input_stride,
                    const void *bias, const void *other, int64_t other_stride, void *output,
                    int64_t rows, int64_t in, int64_t out, int32_t activation, int32_t combine,
