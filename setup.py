@@ -27,10 +27,12 @@ FLAGS = ["-O3", "-std=gnu11", "-fno-math-errno", "-fopenmp-simd", "-fvisibility=
 # What a compiler must know of; GCC 12 does.
 PROBE = """
 #include <stdlib.h>
+typedef float two __attribute__((vector_size(8)));
+two probe(two one, two other) { return __builtin_shufflevector(one, other, 0, 2); }
 #if defined(__x86_64__)
 #include <immintrin.h>
 __attribute__((target("arch=x86-64-v4,avx512bf16,amx-bf16,amx-tile")))
-void probe(void) { _tile_release(); }
+void probe_tiles(void) { _tile_release(); }
 #endif
 """
 # A C compiler from PyPI, for machines without one. Before 0.17 it could not compile AVX-512.

@@ -16,7 +16,7 @@ from spanwise.comm.communicator import RankComm
 from spanwise.comm.nccl import serve_store
 from spanwise.comm.store import listen_on_loopback
 from spanwise.device import devices, memory
-from spanwise.device.devices import cuda_cards, parse_devices
+from spanwise.device.devices import cuda_capabilities, cuda_cards, parse_devices
 from spanwise.device.memory import allocate_arena, claiming, move_together, place
 from spanwise.errors import DeviceError
 from spanwise.types.cache import CacheLayout
@@ -146,6 +146,8 @@ class _Driver:
     nvmlDeviceGetUUID = staticmethod(lambda card: f"GPU-{'abc'[card]}-1")  # noqa: N815
     nvmlDeviceGetName = staticmethod(lambda card: f"card {card}")  # noqa: N815
 
+    nvmlDeviceGetCudaComputeCapability = staticmethod(lambda card: [8, card])  # noqa: N815
+
     @staticmethod
     def nvmlDeviceGetMemoryInfo(card: int) -> Any:  # noqa: N802
         return type("Memory", (), {"total": 9, "free": card})
@@ -172,6 +174,7 @@ def test_cards_are_counted_as_cuda_counts_them(
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert [free for _, _, free in cuda_cards()] == cards
+    assert cuda_capabilities() == [(8, card) for card in cards]
     assert len(parse_devices(None, 1)) == max(1, len(cards))
 
 

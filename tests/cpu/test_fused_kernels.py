@@ -15,13 +15,15 @@ from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from tests.support import fused
-from tests.support.fused import dtypes, gates, norms, rotaries
+from tests.support.fused import dtypes, gates, norms, quantizings, rotaries
 
 from spanwise.device import fused_cuda
-from spanwise.device.fused_cuda import ACTIVATIONS, GateKind, NormKind, RotaryKind
+from spanwise.device.fused_cuda import ACTIVATIONS, GateKind, NormKind, QuantizeKind, RotaryKind
+from spanwise.device.rounding import TINY
 
 CPU = torch.device("cpu")
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -31,6 +33,7 @@ KINDS = [
     NormKind(CPU, torch.bfloat16, torch.bfloat16, 48, 2, True),
     NormKind(CPU, torch.float32, torch.float32, 16, 3, False),
     RotaryKind(CPU, torch.bfloat16, torch.float32, 4, 2, 16, 12),
+    QuantizeKind(CPU, torch.bfloat16, 37, 48),
     GateKind(CPU, torch.bfloat16, 37, "silu"),
 ]
 
@@ -44,7 +47,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def round_as_cards_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the nearest bfloat16, ties to the even one: the interpreter cuts off."""
+    """To the nearest number, ties to the even one: the interpreter cuts off."""
     import numpy as np
     import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
     from triton.runtime import (  # type: ignore[import-not-found, import-untyped, unused-ignore]
@@ -54,6 +57,8 @@ def round_as_cards_do(monkeypatch: pytest.MonkeyPatch) -> None:
     own = interpreter._convert_float
 
     def convert(given: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if target == tl.float8e4nv and source == tl.float32:
+            return torch.from_numpy(given).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
         if target != tl.bfloat16 or source != tl.float32:
             return own(given, source, target, rounding)
         bits = np.ascontiguousarray(given).view(np.uint32)
@@ -95,6 +100,12 @@ def test_gates(rows: int, dim: int, name: str, dtype: torch.dtype) -> None:
     fused.check_gate(rows, dim, name, dtype, "cpu")
 
 
+@quantizings
+def test_quantizing(rows: int, dim: int, num_filled: int) -> None:
+    with numpy.errstate(invalid="ignore"):  # of which the interpreter makes an error
+        fused.check_quantizing(rows, dim, num_filled, "cpu")
+
+
 @dtypes
 def test_a_row_is_the_same_alone(dtype: torch.dtype, way: str) -> None:
     if way == "torch":
@@ -105,6 +116,7 @@ def test_a_row_is_the_same_alone(dtype: torch.dtype, way: str) -> None:
 def test_no_rows_give_none() -> None:
     assert fused_cuda.rms_norm(torch.empty(0, 8), torch.ones(8), 1e-6).shape == (0, 8)
     assert fused_cuda.gated(torch.empty(0, 8), "silu").shape == (0, 4)
+    assert [part.shape for part in fused_cuda.quantized(torch.empty(0, 8), 16)] == [(0, 1), (0, 16)]
     pages, tables = torch.zeros(4, 1, 8), torch.empty(0, 1, 8)
     none = torch.empty(0, dtype=torch.long)
     heads = torch.empty(0, 5, 8)
@@ -127,6 +139,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused_cuda, "_normed", fused_cuda._plain_norm)
     monkeypatch.setattr(fused_cuda, "_rotated_and_written", fused_cuda._plain_rotate_and_write)
     monkeypatch.setattr(fused_cuda, "_gated", fused_cuda._plain_gated)
+    monkeypatch.setattr(fused_cuda, "_quantized", fused_cuda._plain_quantized)
 
     def added(residual: torch.Tensor, hidden: torch.Tensor, *rest: Any) -> Any:
         return residual + hidden, fused_cuda._plain_norm(residual + hidden, *rest)
@@ -235,7 +248,16 @@ COMPILED: list[tuple[str, dict[str, Any]]] = [
         ("gate_rows", {"DIM": 14336, "BLOCK": 1024, "ACTIVATION": activation})
         for activation in ACTIVATIONS
     ),
+    *(
+        (
+            "quantize_rows",
+            {"DIM": dim, "FILLED": dim + 8, "BLOCK": block, "LARGEST": 448.0, "TINY": TINY},
+        )
+        for dim, block in ((4088, 4096), (28664, 32768))
+    ),
 ]
+WHOLE_ROWS = ("norm_rows", "quantize_rows")
+POINTERS = {("quantize_rows", "steps"): "*fp32", ("quantize_rows", "out"): "*fp8e4nv"}
 NUMBERS = frozenset(
     {
         *("hidden_row", "hidden_head", "residual_row", "heads_row", "heads_head", "row_stride"),
@@ -256,6 +278,8 @@ def test_kernels_compile_for_every_generation(capability: int, value: str) -> No
     from spanwise.device import fused_kernels
 
     for name, constants in COMPILED:
+        if name == "quantize_rows" and capability < 89:  # which have no such numbers
+            continue
         kernel = getattr(fused_kernels, name)
 
         def kind(argument: str, name: str = name, constants: Any = constants) -> str:
@@ -263,6 +287,8 @@ def test_kernels_compile_for_every_generation(capability: int, value: str) -> No
                 return "constexpr"
             if argument == "slots":
                 return "*i64"
+            if (name, argument) in POINTERS:
+                return POINTERS[name, argument]
             if argument == "eps":
                 return "fp32"
             is_count = name == "norm_rows" and argument == "heads"
@@ -275,7 +301,7 @@ def test_kernels_compile_for_every_generation(capability: int, value: str) -> No
             if signature[argument] != "constexpr" and argument not in ("eps", "heads")
         }
         source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
-        warps = fused_cuda._warps(constants["BLOCK"]) if name == "norm_rows" else 4
+        warps = fused_cuda._warps(constants["BLOCK"]) if name in WHOLE_ROWS else 4
         target = GPUTarget("cuda", capability, 32)
         built = triton.compile(source, target=target, options={"num_warps": warps})
         assert built.asm["cubin"]

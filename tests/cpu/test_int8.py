@@ -15,7 +15,7 @@ from scripts.embedded_training.quality import measure
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from spanwise.device import int8
+from spanwise.device import int8, native
 from spanwise.device.int8 import Int8Linear
 from spanwise.embedded import EMBEDDED
 from spanwise.errors import DeviceError, ModelError
@@ -163,6 +163,22 @@ def test_bytes() -> None:
     assert Int8Linear(normal(64, 128)).num_bytes == 64 * 128 + 64 * 8
 
 
+@pytest.mark.parametrize("rows", [1, 3, 16, 17, 96])
+@pytest.mark.parametrize(("out", "width"), [(64, 64), (77, 128), (640, 1280)])
+def test_our_own_kernel_gives_the_bits_of_onednns(
+    out: int, width: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, bias = normal(out, width).bfloat16(), normal(1, out)[0].bfloat16()
+    hidden = normal(rows, width + 3).bfloat16()[:, :width]
+    hidden[rows // 2] *= 1000
+    hidden[rows // 3] = 0
+    own = Int8Linear(weight, bias)
+    assert own.most_few_rows == native.int8_most_rows()
+    found = own(hidden)
+    monkeypatch.setattr(native, "int8_most_rows", lambda: 0)
+    assert torch.equal(found, Int8Linear(weight, bias)(hidden))
+
+
 def test_weights_that_eight_bits_cannot_hold_are_refused() -> None:
     weight = normal(4, 4)
     with pytest.raises(ModelError, match="bfloat16 or float32"):
@@ -223,7 +239,9 @@ def test_packed_weights_survive_a_fork() -> None:
 
 CALLED = """
 import torch
+from spanwise.device import native
 from spanwise.device.int8 import Int8Linear
+native.int8_most_rows = lambda: 0  # our own kernel is none of oneDNN's
 layer = Int8Linear(torch.randn(1920, 1280, dtype=torch.bfloat16))
 for size in (1, 2, 8, 64):
     print("tokens", size, flush=True)

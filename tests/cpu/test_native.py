@@ -94,6 +94,35 @@ def test_few_rows_of_a_gate() -> None:
     assert_close(own(hidden), right, dtype)
 
 
+def test_few_rows_that_lie_otherwise() -> None:
+    dtype = torch.bfloat16
+    if not native.linear_most_rows(32):
+        return
+    linear = PackedLinear(drawn(96, 64, dtype=dtype), drawn(192, dtype=dtype)[::2])
+    hidden, other = drawn(5, 64, dtype=dtype), drawn(5, 96, dtype=dtype)
+    across, other_across = hidden.t().contiguous().t(), other.t().contiguous().t()
+    assert torch.equal(linear(across), linear(hidden))
+    assert torch.equal(linear.times(other_across, across), linear.times(other, hidden))
+    with pytest.raises(AssertionError):
+        linear.add_to(other.float(), hidden)
+
+
+def test_activations_at_the_ends_of_the_numbers() -> None:
+    dtype = torch.bfloat16
+    if not native.linear_most_rows(32):
+        return
+    numbers = torch.tensor([-3e38, -1e30, -100, -5, -0.01, 0, 0.01, 5, 100, 1e30, 3e38]).to(dtype)
+    hidden = torch.zeros(len(numbers) + 1, 32, dtype=dtype)
+    hidden[:-1, 0], hidden[-1] = numbers, float("nan")
+    linear = PackedLinear(torch.eye(32, dtype=dtype), None)
+    for name in ("silu", "relu", "gelu-tanh"):
+        own = linear.activated(hidden, name)[:, 0]
+        torch.testing.assert_close(
+            own[:-1].double(), ACTIVATIONS[name](numbers.double()), rtol=8e-3, atol=1e-6
+        )
+        assert own[-1].isnan()
+
+
 def test_a_row_of_few_has_the_same_bits_in_any_company() -> None:
     """On a processor whose kernel is the same for one row and many."""
     dtype = torch.bfloat16
@@ -111,9 +140,18 @@ def test_a_row_of_few_has_the_same_bits_in_any_company() -> None:
 def test_blocks_for_other_processors(isa: str) -> None:
     """oneDNN packs otherwise for them: those blocks are known too, or left to oneDNN."""
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa}
-    test = f"{__file__}::test_blocks_are_known_or_left"
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            __file__,
+            "-k",
+            "blocks_are",
+        ],
         env=environment,
         capture_output=True,
         text=True,
@@ -126,10 +164,21 @@ def test_blocks_are_known_or_left() -> None:
     if not can_pack(torch.empty(1, 1, dtype=torch.bfloat16)):
         return
     weight = drawn(200, 128, dtype=torch.bfloat16)
+    PackedLinear(torch.zeros_like(weight), None)  # shows nothing, so it must not decide
     linear = PackedLinear(weight, None)
     for rows in (1, 3, 4, 9):
         hidden = drawn(rows, 128, dtype=torch.bfloat16, seed=rows)
         assert_close(linear(hidden), hidden.double() @ weight.double().T, torch.bfloat16)
+
+
+def test_blocks_are_not_taken_for_others_beside_a_large_bias() -> None:
+    if not can_pack(torch.empty(1, 1, dtype=torch.bfloat16)):
+        return
+    weight = drawn(168, 128, dtype=torch.bfloat16)
+    PackedLinear(weight, torch.full((168,), 1e6).bfloat16())
+    hidden = drawn(3, 128, dtype=torch.bfloat16, seed=1)
+    right = hidden.double() @ weight.double().T
+    assert_close(PackedLinear(weight, None)(hidden), right, torch.bfloat16)
 
 
 # -- norms -----------------------------------------------------------------------------------------
@@ -145,10 +194,10 @@ def exact_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "dim"), [(1, 1280), (3, 8), (17, 77), (40, 2048)])
 def test_rms_norm(rows: int, dim: int, dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
-    if dtype == torch.float32 and weight_dtype == torch.bfloat16:
-        weight_dtype = torch.float32
     hidden, weight = drawn(rows, dim, dtype=dtype), drawn(dim, dtype=weight_dtype, seed=1)
     assert_close(native.rms_norm(hidden, weight, 1e-5), exact_norm(hidden, weight, 1e-5), dtype)
+    across = hidden.t().contiguous().t()
+    assert torch.equal(native.rms_norm(across, weight, 1e-5), native.rms_norm(hidden, weight, 1e-5))
 
 
 def test_rms_norm_in_place_of_some_heads() -> None:
@@ -194,6 +243,20 @@ def test_place(tokens: int, dim: int, rotated: int, dtype: torch.dtype) -> None:
     assert not keys[others].any() and not values[others].any()
 
 
+def test_no_tokens_are_placed() -> None:
+    pages = torch.zeros(4, 1, 8)
+    slots = torch.empty(0, dtype=torch.int64)
+    assert place(torch.empty(0, 4, 8), None, slots, pages, pages.clone()).shape == (0, 2, 8)
+
+
+def test_pages_of_another_dtype_are_not_written() -> None:
+    pages, slots = torch.zeros(4, 1, 8), torch.arange(2)
+    with pytest.raises(AssertionError):
+        place(torch.ones(2, 4, 8), None, slots, pages.bfloat16(), pages.bfloat16())
+    with pytest.raises(AssertionError):
+        place(torch.ones(2, 4, 8), None, slots.int(), pages, pages.clone())
+
+
 # -- attention of last tokens ----------------------------------------------------------------------
 
 SHAPES = [
@@ -204,7 +267,7 @@ SHAPES = [
     (5, 33, 3, 1, 128, 64),
     (2, 100, 2, 16, 256, 256),
 ]
-RULES = [AttentionRule(0.3), AttentionRule(0.3, softcap=5.0)]
+RULES = [AttentionRule(0.3), *(AttentionRule(0.3, softcap=softcap) for softcap in (5.0, 50.0))]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -243,6 +306,26 @@ def test_attention_never_reads_beyond_a_rows_count() -> None:
     assert own.isfinite().all()
 
 
+def test_attention_where_nothing_is_seen_at_first() -> None:
+    """A whole block of keys with scores of -inf takes no weight."""
+    keys, values = (drawn(40, 1, 8, dtype=torch.float32, seed=seed) for seed in (1, 2))
+    query = torch.ones(1, 1, 1, 8)
+    keys[:35] = float("-inf")
+    slots, counts = torch.arange(40)[None], torch.tensor([40])
+    own = native.attend_decodes(query, keys, values, slots, counts, RULES[0])
+    seen = keys[None, 35:], values[None, 35:]
+    right = attend_decodes(query, *seen, torch.zeros(1, 5), RULES[0])
+    assert_close(own, right, torch.float32)
+
+
+def test_attention_takes_slots_of_one_kind() -> None:
+    pages, query = torch.ones(8, 1, 8), torch.ones(1, 1, 1, 8)
+    slots, counts = torch.arange(8)[None], torch.tensor([8])
+    for given in ((slots.int(), counts), (slots, counts.int())):
+        with pytest.raises(AssertionError):
+            native.attend_decodes(query, pages, pages, *given, RULES[0])
+
+
 def test_a_row_has_the_same_bits_in_any_company() -> None:
     keys, values = (drawn(200, 2, 64, dtype=torch.float32, seed=seed) for seed in (1, 2))
     query = drawn(4, 2, 3, 64, dtype=torch.float32)
@@ -264,6 +347,20 @@ def test_heads_too_wide_are_left_to_torch() -> None:
     assert not native.attends(wide, pages, pages, RULES[0], None)
     many = drawn(1, 1, 17, 64, dtype=torch.float32)
     assert not native.attends(many, pages[..., :64], pages[..., :64], RULES[0], None)
+    apart = torch.zeros(34)[::2]
+    assert not native.attends(many[:, :, :16], pages[..., :64], pages[..., :64], RULES[0], apart)
+
+
+# -- where results lie -----------------------------------------------------------------------------
+
+
+def test_results_lie_with_the_inputs_whatever_the_default_is() -> None:
+    hidden, weight, slots = torch.ones(1, 8), torch.ones(8), torch.zeros(1, 1, dtype=torch.int64)
+    pages, query, counts = torch.ones(8, 1, 8), torch.ones(1, 1, 1, 8), torch.ones(1).long()
+    with torch.device("meta"):
+        assert native.rms_norm(hidden, weight, 1e-6).device.type == "cpu"
+        own = native.attend_decodes(query, pages, pages, slots, counts, RULES[0])
+        assert own.device.type == "cpu"
 
 
 # -- threads ---------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from spanwise.runner.filters import keep_min_p, keep_top_k, keep_top_p
 from spanwise.runner.logprobs import prompt_logprobs, token_logprobs
 from spanwise.runner.mass import centred
 from spanwise.runner.noise import MAX_NOISE, gumbel_noise, stream_key
-from spanwise.runner.penalties import adjust
+from spanwise.runner.penalties import Changes, adjust
 from spanwise.runner.sampling import SampleRow, sample
 from spanwise.types.sampling import MAX_SEED, SamplingSpec
 
@@ -304,9 +304,10 @@ def assert_keeps(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 
 def adjusted(logits: torch.Tensor, spec: SamplingSpec) -> torch.Tensor:
-    changed = logits.clone()
-    adjust(changed, spec, PROMPT + OUTPUT, len(PROMPT))
-    return changed
+    changes, changed = Changes(VOCAB), logits[None].clone()
+    changes.add(0, spec, PROMPT + OUTPUT, len(PROMPT))
+    adjust(changed, changes.tensors())
+    return changed[0]
 
 
 @pytest.mark.parametrize("penalty", [0.5, 1.3, 2.0])

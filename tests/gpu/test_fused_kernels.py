@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.support import fused
-from tests.support.fused import dtypes, gates, norms, rotaries
+from tests.support.fused import dtypes, gates, norms, quantizings, rotaries
 
 from spanwise.device.fused_cuda import ACTIVATIONS, GateKind, NormKind, RotaryKind, _serves
 
@@ -46,6 +46,11 @@ def test_rotary_positions(
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_gates(rows: int, dim: int, name: str, dtype: torch.dtype) -> None:
     fused.check_gate(rows, dim, name, dtype, "cuda:0")
+
+
+@quantizings
+def test_quantizing(rows: int, dim: int, num_filled: int) -> None:
+    fused.check_quantizing(rows, dim, num_filled, "cuda:0")
 
 
 @dtypes

@@ -101,6 +101,25 @@ def check_gate(rows: int, dim: int, name: str, dtype: torch.dtype, device: str) 
     check_close(fused_cuda.gated(gate_up, name), apply(gate) * up)
 
 
+def check_quantizing(rows: int, dim: int, num_filled: int, device: str) -> None:
+    """Bit for bit, zeros and what is no number among the rows."""
+    given = strided(rows, dim, dtype=torch.bfloat16, device=device)
+    given[0, 0] = torch.nan
+    if rows > 2:
+        given[1], given[2, dim - 1] = 0.0, torch.inf
+    steps, tokens = fused_cuda.quantized(given, num_filled)
+    assert steps.shape == (rows, 1) and tokens.shape == (rows, num_filled)
+    right_steps, right = fused_cuda._plain_quantized(given.cpu(), num_filled)
+    is_number = ~given.isnan().any(1).cpu()  # what its step is, torch and Triton do not agree on
+    assert torch.equal(steps.cpu()[is_number], right_steps[is_number])
+    found = tokens.cpu().float()
+    assert torch.equal(
+        found.nan_to_num(500.0)[is_number], right.float().nan_to_num(500.0)[is_number]
+    )
+    assert bool(found[~is_number].isnan().any(1).all())
+    assert not found[:, dim:].any()
+
+
 def check_rows_alone(dtype: torch.dtype, device: str) -> None:
     """A row has the same bits whatever is beside it."""
     hidden, weight = drawn(5, 96).to(device, dtype), drawn(96).to(device, dtype)
@@ -123,7 +142,10 @@ ROTARY_CASES = [
 ]
 GATE_CASES = [(1, 64), (3, 37), (2, 1), (4, 1100)]
 
+QUANTIZE_CASES = [(1, 64, 64), (3, 37, 48), (4, 1, 16), (5, 1100, 1104), (300, 192, 192)]
+
 norms = pytest.mark.parametrize("shape", NORM_SHAPES, ids=str)
 rotaries = pytest.mark.parametrize(("tokens", "heads", "dim", "rotated"), ROTARY_CASES)
 gates = pytest.mark.parametrize(("rows", "dim"), GATE_CASES)
+quantizings = pytest.mark.parametrize(("rows", "dim", "num_filled"), QUANTIZE_CASES)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)

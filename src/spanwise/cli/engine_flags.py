@@ -23,7 +23,10 @@ class LimitFlags:
     dtype: Annotated[Dtype, Parameter(help="Numbers to compute with; auto: the model's.")] = "auto"
     quantization: Annotated[
         Quantization | None,
-        Parameter(help="int8: the layers' linears in 8 bits, on CPU devices. Default: none."),
+        Parameter(
+            help="The layers' linears in 8 bits. int8: on CPU devices; fp8: on CUDA cards of "
+            "compute capability 8.9 or more. Default: none."
+        ),
     ] = None
     max_model_len: Annotated[
         int | None,

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import pynvml
@@ -16,6 +18,8 @@ import pynvml
 from spanwise.errors import DeviceError
 from spanwise.layout.split import split_evenly
 from spanwise.types.worker import DeviceSpec
+
+T = TypeVar("T")
 
 _CPU = re.compile(r"cpu(?::(\d+))?")
 _CUDA = re.compile(r"cuda(?::(\d+(?:\*\d+)?(?:,\d+(?:\*\d+)?)*))?")
@@ -95,6 +99,15 @@ def cuda_cards() -> list[tuple[str, int, int]]:
     In the order of the bus, in which the workers' CUDA counts too (CUDA_DEVICE_ORDER is set for
     them); of the cards that CUDA_VISIBLE_DEVICES names where it is set.
     """
+    return _of_cards(_card)
+
+
+def cuda_capabilities() -> list[tuple[int, int]]:
+    """Compute capability, major and minor, of the same cards in the same order."""
+    return _of_cards(_capability)
+
+
+def _of_cards(ask: Callable[[object], T]) -> list[T]:
     if _torch_build().endswith("+cpu"):
         return []
     try:
@@ -102,9 +115,14 @@ def cuda_cards() -> list[tuple[str, int, int]]:
     except pynvml.NVMLError:  # no driver: no card
         return []
     try:
-        return [_card(handle) for handle in _visible_cards(os.environ.get("CUDA_VISIBLE_DEVICES"))]
+        return [ask(handle) for handle in _visible_cards(os.environ.get("CUDA_VISIBLE_DEVICES"))]
     finally:
         pynvml.nvmlShutdown()
+
+
+def _capability(handle: object) -> tuple[int, int]:
+    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+    return int(major), int(minor)
 
 
 def _card(handle: object) -> tuple[str, int, int]:

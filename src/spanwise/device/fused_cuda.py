@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 
 from spanwise.device.activations import ACTIVATIONS
+from spanwise.device.rounding import FP8, LARGEST_FP8, TINY
 from spanwise.errors import reason
 
 # A row is held whole by one program; a wider one would spill.
@@ -82,6 +84,17 @@ def gated(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
     return gate(gate_up, activation)
 
 
+def quantized(rows: torch.Tensor, num_filled: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens ``[rows, dim]`` as 8-bit floats: the step of each in float32, and what is kept of it.
+
+    Steps ``[rows, 1]``, each with its row's largest number at 448; e4m3 ``[rows, num_filled]``,
+    zeros beyond ``dim``. A token with numbers that are none has such numbers afterwards.
+    """
+    kind = QuantizeKind(rows.device, rows.dtype, rows.shape[1], num_filled)
+    quantize = _quantized if _serves(kind) else _plain_quantized
+    return quantize(rows, num_filled)
+
+
 # -- the torch operations -------------------------------------------------------------------------
 
 
@@ -118,6 +131,16 @@ def _plain_rotate_and_write(
 def _plain_gated(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return ACTIVATIONS[activation](gate) * up
+
+
+def _plain_quantized(rows: torch.Tensor, num_filled: int) -> tuple[torch.Tensor, torch.Tensor]:
+    absmax = torch.linalg.vector_norm(rows, float("inf"), 1, keepdim=True, dtype=torch.float32)
+    steps = absmax.div_(LARGEST_FP8).clamp_min_(TINY)
+    tokens = (rows / steps).to(FP8)
+    if num_filled > rows.shape[1]:
+        missing = (0, num_filled - rows.shape[1])
+        tokens = F.pad(tokens.view(torch.uint8), missing).view(FP8)
+    return steps, tokens
 
 
 # -- the launches ---------------------------------------------------------------------------------
@@ -231,6 +254,27 @@ def _gated(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
     return out
 
 
+def _quantized(rows: torch.Tensor, num_filled: int) -> tuple[torch.Tensor, torch.Tensor]:
+    from spanwise.device import fused_kernels
+
+    rows = _with_dense_rows(rows)
+    steps = torch.empty((rows.shape[0], 1), dtype=torch.float32, device=rows.device)
+    out = torch.empty((rows.shape[0], num_filled), dtype=FP8, device=rows.device)
+    if not out.numel():
+        return steps, out
+    block = _padded(num_filled)
+    fused_kernels.quantize_rows[(rows.shape[0],)](
+        *(rows, steps, out, rows.stride(0)),
+        DIM=rows.shape[1],
+        FILLED=num_filled,
+        BLOCK=block,
+        LARGEST=LARGEST_FP8,
+        TINY=TINY,
+        num_warps=_warps(block),
+    )
+    return steps, out
+
+
 def _with_dense_rows(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself where its last dim is dense."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
@@ -338,7 +382,30 @@ class GateKind:
         return _difference(found, wanted)
 
 
-Kind = NormKind | RotaryKind | GateKind
+@dataclass(frozen=True)
+class QuantizeKind:
+    """What quantizing is compiled for, and checked for once."""
+
+    device: torch.device
+    dtype: torch.dtype
+    dim: int
+    num_filled: int
+
+    name = "Fused quantizing"
+
+    @property
+    def fits(self) -> bool:
+        """Whether the kernel takes it at all."""
+        return self.num_filled <= _MOST_NORMED
+
+    def worst_difference(self, draw: Draw) -> float:
+        """From torch's result, as a share of the largest value; or NaN."""
+        rows = draw(3, self.dim).to(self.dtype)
+        found, wanted = _quantized(rows, self.num_filled), _plain_quantized(rows, self.num_filled)
+        return _worst(*(_difference(one, other) for one, other in zip(found, wanted, strict=True)))
+
+
+Kind = NormKind | RotaryKind | GateKind | QuantizeKind
 Draw = Callable[..., torch.Tensor]
 
 

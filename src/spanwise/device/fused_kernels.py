@@ -18,7 +18,7 @@ from triton.errors import (  # type: ignore[import-not-found, import-untyped, un
     TritonError,
 )
 
-__all__ = ["TritonError", "gate_rows", "norm_rows", "rotate_and_write"]
+__all__ = ["TritonError", "gate_rows", "norm_rows", "quantize_rows", "rotate_and_write"]
 
 
 @triton.jit
@@ -175,3 +175,29 @@ def gate_rows(
         active = tl.where(exact < 0, 0.0, exact)
     product = active.to(gate.dtype).to(tl.float32) * up.to(tl.float32)
     tl.store(out + row * DIM + column, product.to(gate.dtype), mask=inside)
+
+
+@triton.jit
+def quantize_rows(
+    rows: tl.tensor,
+    steps: tl.tensor,
+    out: tl.tensor,
+    row_stride: tl.tensor,
+    DIM: tl.constexpr,
+    FILLED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LARGEST: tl.constexpr,
+    TINY: tl.constexpr,
+) -> None:
+    """One row in steps of its own, its largest number at ``LARGEST``; zeros up to ``FILLED``.
+
+    Divisions are those of IEEE 754, as torch's are.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    exact = tl.load(rows + row * row_stride + column, mask=column < DIM, other=0.0).to(tl.float32)
+    absmax = tl.max(tl.abs(exact), 0)
+    step = tl.maximum(tl.div_rn(absmax, LARGEST), TINY)
+    tl.store(steps + row, step)
+    tokens = tl.div_rn(exact, step).to(out.dtype.element_ty)
+    tl.store(out + row * FILLED + column, tokens, mask=column < FILLED)

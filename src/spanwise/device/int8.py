@@ -6,12 +6,18 @@ from functools import cache
 
 import torch
 
+from spanwise.device import native
 from spanwise.device.linear import fill_rows
-from spanwise.errors import DeviceError, ModelError
+from spanwise.device.rounding import scaled_rows
+from spanwise.errors import DeviceError
 
 # The kernel takes one zero point for a whole call; this one is the middle of u8.
 _ZERO_POINT = 128
 _LARGEST = 127
+# Of our own kernel, device/kernels/int8.c: the panels that it reads.
+_PANEL_WIDTH = 64
+_INPUTS_STEP = 64
+_panels: dict[tuple[int, int], bool] = {}
 _DTYPES = (torch.bfloat16, torch.float32)
 # Activations whose fp32 stays in a core's cache while they are quantized.
 _CACHED_VALUES = 1 << 16
@@ -35,22 +41,56 @@ class Int8Linear:
         self._out, self._in = weight.shape
         self._steps, rounded = _quantize_weight(weight)
         self._packed = torch.ops.onednn.qlinear_prepack(rounded, None)
-        self._zero_points = torch.zeros(self._out, dtype=torch.int32)
+        self._offsets = _ZERO_POINT * rounded.sum(1, dtype=torch.int32)
         self._bias = bias
-        self.num_bytes = rounded.nbytes + self._steps.nbytes + self._zero_points.nbytes
+        self.num_bytes = self.bytes_of(self._out, self._in)
+        self._address = int(torch.ops.mkldnn.data_ptr(self._packed))
+        self.most_few_rows = native.int8_most_rows() if self._has_panels() else 0
+
+    @staticmethod
+    def bytes_of(num_out: int, num_in: int) -> int:
+        """Bytes of a weight ``[num_out, num_in]`` in this form, with what it has for each row."""
+        return num_out * (num_in * torch.int8.itemsize + 8)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Quantize the tokens, multiply, and scale back."""
         if not hidden.numel():
             return hidden.new_empty(*hidden.shape[:-1], self._out)
         rows = hidden.reshape(-1, self._in)
-        steps, tokens = _quantize_tokens(rows)
-        packed = (self._packed, self._steps, self._zero_points)
-        # For the same reason as in ``PackedLinear``.
-        out = _multiply(fill_rows(tokens), *packed, hidden.dtype)[: rows.shape[0]].mul_(steps)
-        if self._bias is not None:
-            out.add_(self._bias)
+        is_few = rows.shape[0] <= self.most_few_rows and rows.dtype == torch.bfloat16
+        out = self._few_rows(rows) if is_few else self._many_rows(rows)
         return out.view(*hidden.shape[:-1], self._out)
+
+    def _many_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        steps, tokens = _quantize_tokens(rows)
+        packed = (self._packed, self._steps, _zeros(self._out))
+        # For the same reason as in ``PackedLinear``.
+        out = _multiply(fill_rows(tokens), *packed, rows.dtype)[: rows.shape[0]].mul_(steps)
+        return out if self._bias is None else out.add_(self._bias)
+
+    def _few_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """By our own kernel, which reads the same weight faster, to the same bits."""
+        tokens, token_steps = native.int8_quantize(rows)
+        scales = (self._steps, self._offsets, token_steps, self._bias)
+        out = torch.empty(rows.shape[0], self._out, dtype=rows.dtype)
+        native.int8_linear(self._address, tokens, *scales, out)
+        return out
+
+    def _has_panels(self) -> bool:
+        """Whether oneDNN packed as our kernel reads, by what comes of it; once for each shape."""
+        shape = (self._out, self._in)
+        if shape not in _panels:
+            _panels[shape] = bool(native.int8_most_rows()) and self._gives_the_same()
+        return _panels[shape]
+
+    def _gives_the_same(self) -> bool:
+        columns = -(-self._out // _PANEL_WIDTH) * _PANEL_WIDTH
+        is_short = torch.ops.mkldnn._nbytes(self._packed) < columns * self._in
+        if is_short or self._in % _INPUTS_STEP:
+            return False
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.randn(2, self._in, generator=generator).bfloat16()
+        return torch.equal(self._few_rows(drawn), self._many_rows(drawn))
 
     def add_to(self, residual: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """``[rows, out]`` and ``[rows, in]`` to ``[rows, out]``."""
@@ -59,15 +99,8 @@ class Int8Linear:
 
 def _quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The step of each row ``[out]`` in fp32, and the weight in s8. Raises ModelError."""
-    if weight.dtype not in _DTYPES:
-        raise ModelError(f"int8 linears are made of bfloat16 or float32, not of {weight.dtype}")
-    placed = torch.empty(weight.shape).copy_(weight)
-    largest = torch.linalg.vector_norm(placed, float("inf"), dim=1)
-    if not bool(largest.isfinite().all()):
-        raise ModelError("a weight holds NaN or infinity, which int8 has no number for")
-    # A row of zeros would be 0 / 0.
-    steps = (largest / _LARGEST).clamp_min_(torch.finfo(torch.float32).tiny)
-    return steps, placed.div_(steps[:, None]).round_().to(torch.int8)
+    steps, placed = scaled_rows(weight, _LARGEST, "int8", _DTYPES)
+    return steps, placed.round_().to(torch.int8)
 
 
 def _quantize_tokens(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,6 +126,12 @@ def _round_tokens(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     # The conversion cuts fractions off; the half makes a rounding of it.
     placed.div_(steps).add_(_ZERO_POINT + 0.5)
     return steps, placed.to(torch.int32).to(torch.uint8)
+
+
+@cache
+def _zeros(num_out: int) -> torch.Tensor:
+    """A weight's zero points, which the kernel wants to be told of."""
+    return torch.zeros(num_out, dtype=torch.int32)
 
 
 def _multiply(

@@ -87,12 +87,14 @@ def claiming(device: torch.device, num_bytes: int, purpose: str) -> Iterator[Non
 
 
 @contextmanager
-def giving_back() -> Iterator[None]:
+def giving_back(device: torch.device) -> Iterator[None]:
     """Let large blocks that are freed inside go back to the system at once.
 
     While weights are brought into another form, each is freed when its copy is made. glibc would
     keep what is freed for later, and a rank would take up to twice its weights. Afterwards blocks
     below 32 MiB are kept again: those of a step, which come back with the next one.
+
+    What is freed on a card, torch keeps; it goes back at the end, for other ranks there as well.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "gnu_get_libc_version"):  # another allocator, with ways of its own
@@ -102,6 +104,8 @@ def giving_back() -> Iterator[None]:
     try:
         yield
     finally:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         libc.malloc_trim(0)
         libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
         libc.mallopt(_M_TRIM_THRESHOLD, 64 << 20)
@@ -115,6 +119,28 @@ def move_together(tensors: Sequence[torch.Tensor], device: torch.device) -> list
     sizes = [tensor.numel() for tensor in tensors]
     parts = torch.split(_staged(tensors, device).to(device, non_blocking=True), sizes)
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def move_words(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """As ``move_together``, of dense tensors of any dtypes whose numbers have eight bytes."""
+    if not tensors or device.type == "cpu":
+        return list(tensors)
+    words = move_together([tensor.view(torch.int64) for tensor in tensors], device)
+    return [word.view(tensor.dtype) for word, tensor in zip(words, tensors, strict=True)]
+
+
+def fetch_together(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Tensors of one device on the host, all in one copy, which is waited for."""
+    if tensors[0].device.type == "cpu":
+        return list(tensors)
+    flat = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]
+    fetched = torch.cat(flat).cpu()
+    parts = torch.split(fetched, [part.numel() for part in flat])
+    # A part may begin where a number of its kind must not.
+    return [
+        part.clone().view(tensor.dtype).view(tensor.shape)
+        for part, tensor in zip(parts, tensors, strict=True)
+    ]
 
 
 def move_into(tensors: Sequence[torch.Tensor], out: torch.Tensor) -> None:

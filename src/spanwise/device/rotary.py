@@ -70,7 +70,7 @@ def place(
     """
     num_kv = keys.shape[1]
     num_query = heads.shape[1] - 2 * num_kv
-    if native.takes(heads) and heads[0].is_contiguous():
+    if native.takes(heads) and heads.stride()[1:] == (heads.shape[2], 1):
         native.rotate_and_write(
             heads, None if angles is None else angles.exact, slots, keys, values
         )

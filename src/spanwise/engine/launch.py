@@ -11,7 +11,8 @@ import msgspec
 from spanwise.comm.segment import SegmentLayout
 from spanwise.cost.card import card_cache_bytes
 from spanwise.cost.memory import CacheWish, RankMemory, arena_bytes, size_cache
-from spanwise.device.devices import cpu_hint, cuda_cards, host_memory, parse_devices
+from spanwise.device import quantization
+from spanwise.device.devices import cuda_cards, host_memory, parse_devices
 from spanwise.engine.config import EngineConfig
 from spanwise.errors import DeviceError, InputError
 from spanwise.layout.layout import plan_layout
@@ -34,7 +35,6 @@ Progress = Callable[[str], None]
 _MARGIN_SHARE = 0.1
 _MARGIN_BYTES = 256 << 20
 _LINE = 64
-_QUANTIZED_DTYPES = ("bfloat16", "float32")
 _CLOSE_TIMEOUT_S = 5.0
 
 
@@ -98,7 +98,8 @@ def launch(
     wanted = config.layout.degrees(1)
     devices = parse_devices(config.devices, wanted.dp * wanted.pp * wanted.tp)
     degrees = config.layout.degrees(len(devices))
-    _check_quantized_devices(config, devices)
+    if config.quantization is not None:
+        quantization.check_devices(config.quantization, devices)
     alone = degrees.dp * degrees.pp * degrees.tp == 1 and devices[0].kind == "cpu"
     if alone and shared is None:
         return _Launch(config, folder, devices, progress, None).run()
@@ -347,8 +348,8 @@ class _Launch:
         )
 
     def _numbers(self) -> str:
-        quantization = self.config.quantization
-        return self.facts.dtype + (f" + {quantization}" if quantization else "")
+        rounded = self.config.quantization
+        return self.facts.dtype + (f" + {rounded}" if rounded else "")
 
     def _plan(self) -> EnginePlan:
         ranks = []
@@ -378,19 +379,13 @@ class _Launch:
         )
 
 
-def _check_quantized_devices(config: EngineConfig, devices: Sequence[DeviceSpec]) -> None:
-    card = next((device for device in devices if device.kind == "cuda"), None)
-    if config.quantization is not None and card is not None:
-        raise DeviceError(
-            f"quantization {config.quantization} is for CPU devices, not for {card}; leave it out "
-            f"or use {cpu_hint()}"
-        )
-
-
 def _check_quantized_dtype(config: EngineConfig, facts: ModelFacts) -> None:
-    if config.quantization is not None and facts.dtype not in _QUANTIZED_DTYPES:
+    if config.quantization is None:
+        return
+    known = quantization.DTYPES[config.quantization]
+    if facts.dtype not in known:
         raise InputError(
-            f"quantization {config.quantization} computes in {' or '.join(_QUANTIZED_DTYPES)}, not "
+            f"quantization {config.quantization} computes in {' or '.join(known)}, not "
             f"in {facts.dtype}; use --dtype bfloat16"
         )
 

@@ -37,7 +37,8 @@ class LLM:
         enable_expert_parallel: whole experts on each tensor-parallel rank, not slices of each.
         pp_layers: layers of each stage by hand.
         dtype: ``auto`` (the model's), ``float32``, ``bfloat16``, ``float16``.
-        quantization: ``int8``: the layers' linears in 8 bits, on CPU devices. None: as loaded.
+        quantization: the layers' linears in 8 bits: ``int8`` on CPU devices, ``fp8`` on CUDA cards
+            of compute capability 8.9 or more. None: as loaded.
         max_model_len: longest sequence in tokens; None: what the model was made for, or fits.
         max_num_seqs: sequences computed at once in a replica.
         max_step_tokens: tokens computed in one step; prompts are cut to it.

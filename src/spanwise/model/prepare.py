@@ -9,16 +9,28 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from spanwise.device.fp8 import Fp8Linear
 from spanwise.device.int8 import Int8Linear
 from spanwise.device.linear import Linear, PlainLinear, make_linear, packs
 from spanwise.model import tables
 from spanwise.model.attention import LayerAttention
 from spanwise.model.flatten import Flattener, LinearForm
-from spanwise.model.parallel import GatheredLinear, RowParallel, is_linear, replace_forward
+from spanwise.model.parallel import (
+    GatheredLinear,
+    RowParallel,
+    features,
+    is_linear,
+    replace_forward,
+)
 from spanwise.model.probe import Probe
 from spanwise.model.stage import replace_own_forward
 from spanwise.model.watch import LayerParts
 from spanwise.types.worker import Quantization
+
+_QUANTIZED: dict[Quantization, type[Int8Linear | Fp8Linear]] = {
+    "int8": Int8Linear,
+    "fp8": Fp8Linear,
+}
 
 
 @torch.inference_mode(False)
@@ -36,6 +48,24 @@ def prepare(
     gets one of its own; less what quantization saves.
     """
     return _Preparation(model, seen, quantization).run(handlers)
+
+
+def quantized_growth(model: PreTrainedModel, seen: Probe, quantization: Quantization | None) -> int:
+    """By how many bytes quantization lets a model without memory grow: below 0.
+
+    Where sizes are filled up, linears that become one may be a little smaller.
+    """
+    if quantization is None:
+        return 0
+    grown = 0
+    for name, module in model.named_modules():
+        if not is_linear(module) or not _is_of_layer(name, seen):
+            continue
+        assert isinstance(module, nn.Linear | Conv1D)
+        num_in, num_out = features(module)
+        if module.weight.numel() and _has_known_forward(module):
+            grown += _QUANTIZED[quantization].bytes_of(num_out, num_in) - module.weight.nbytes
+    return grown
 
 
 class _Preparation:
@@ -98,9 +128,7 @@ class _Preparation:
     def _linear(self, name: str, module: nn.Linear | Conv1D) -> Linear:
         """Without the bias where ranks add up products: it is added once, after them."""
         weight = module.weight.t() if isinstance(module, Conv1D) else module.weight
-        in_layer = name.startswith(f"{self._seen.layers_name}.")
-        is_router = name.rpartition(".")[2] in tables.ROUTERS
-        make = self._of_layer if in_layer and not is_router else self._as_loaded
+        make = self._of_layer if _is_of_layer(name, self._seen) else self._as_loaded
         adds_up = isinstance(module.__dict__.get("forward"), RowParallel)
         return make(weight, None if adds_up else module.bias)
 
@@ -108,7 +136,7 @@ class _Preparation:
         """A linear of a decoder layer, which may be quantized."""
         if self._quantization is None or not weight.numel():
             return self._as_loaded(weight, bias)
-        return self._counted(Int8Linear(weight, bias), weight)
+        return self._counted(_QUANTIZED[self._quantization](weight, bias), weight)
 
     def _as_loaded(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
         return self._counted(make_linear(weight, bias), weight)
@@ -116,6 +144,16 @@ class _Preparation:
     def _counted(self, linear: Linear, weight: torch.Tensor) -> Linear:
         self._grown += linear.num_bytes - weight.nbytes
         return linear
+
+
+def _is_of_layer(name: str, seen: Probe) -> bool:
+    """Whether a linear is one of a decoder layer, which may be quantized."""
+    return name.startswith(f"{seen.layers_name}.") and name.rpartition(".")[2] not in tables.ROUTERS
+
+
+def _has_known_forward(module: nn.Module) -> bool:
+    forward = module.__dict__.get("forward")
+    return forward is None or isinstance(forward, RowParallel | GatheredLinear)
 
 
 def _rotary_share(model: PreTrainedModel) -> float:

@@ -22,7 +22,7 @@ from spanwise.model.context import ShardContext
 from spanwise.model.cut import Cut, Cutter
 from spanwise.model.experts import RoutedExperts
 from spanwise.model.paged_cache import LayerStore, PagedCache
-from spanwise.model.prepare import prepare
+from spanwise.model.prepare import prepare, quantized_growth
 from spanwise.model.probe import Probe, accepts, probe
 from spanwise.model.rotary import make_per_sequence
 from spanwise.model.stage import StageOutput, keep_stage
@@ -142,7 +142,9 @@ def cut_on_meta(model: PreTrainedModel, seen: Probe, spec: ShardSpec, context: S
 
 def describe_shard(spec: ShardSpec) -> ShardInfo:
     """What ``load_shard`` would hold, reading headers only. Raises ModelError."""
-    return _Draft(spec).shard(torch.device("meta")).info()
+    draft = _Draft(spec)
+    draft.weight_bytes += quantized_growth(draft.model, draft.seen, spec.quantization)
+    return draft.shard(torch.device("meta")).info()
 
 
 def load_shard(spec: ShardSpec, device: torch.device = _CPU) -> Shard:
@@ -151,7 +153,7 @@ def load_shard(spec: ShardSpec, device: torch.device = _CPU) -> Shard:
     To a card tensor by tensor: the host holds one at a time. Raises DeviceError where it is full.
     """
     draft = _Draft(spec)
-    with giving_back(), claiming(device, draft.weight_bytes, "its share of the weights"):
+    with giving_back(device), claiming(device, draft.weight_bytes, "its share of the weights"):
         draft.load(device)
         shard = draft.shard(device)
         if device.type != "meta":

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from spanwise.device.memory import fetch_together, move_together
 from spanwise.runner.mass import UNIT, centred, fixed_mass, slabs
 from spanwise.runner.order import ordered
 from spanwise.types.plan import TokenLogprobs
@@ -21,10 +23,11 @@ def token_logprobs(
     ``logits`` [rows, vocab], one token id and one count per row; counts beyond the vocabulary give
     all of it. A row's result does not depend on the other rows.
     """
-    found: list[TokenLogprobs] = []
-    for slab in slabs(*logits.shape):
-        found += _slab_logprobs(logits[slab].float(), token_ids[slab], num_top[slab])
-    return tuple(found)
+    if not token_ids:
+        return ()
+    (tokens,) = move_together([torch.tensor(token_ids)], logits.device)
+    measured = measure(logits, tokens, num_top)
+    return told(token_ids, num_top, fetch_together(measured))
 
 
 def prompt_logprobs(
@@ -34,27 +37,40 @@ def prompt_logprobs(
     return token_logprobs(logits, token_ids, [num_top] * len(token_ids))
 
 
-def _slab_logprobs(
-    logits: torch.Tensor, token_ids: Sequence[int], num_top: Sequence[int]
-) -> list[TokenLogprobs]:
+def measure(
+    logits: torch.Tensor, tokens: torch.Tensor, num_top: Sequence[int]
+) -> list[torch.Tensor]:
+    """What ``told`` wants, in its order, on the device of the logits; ``tokens`` [rows] are, too.
+
+    For each slab of rows: log probabilities and ranks [rows], the best ids and theirs [rows, most].
+    """
+    measured: list[torch.Tensor] = []
+    for slab in slabs(logits.shape[0], logits.shape[1], logits.device):
+        measured += _measure(logits[slab].float(), tokens[slab, None], max(num_top[slab]))
+    return measured
+
+
+def told(
+    token_ids: Sequence[int], num_top: Sequence[int], measured: Sequence[torch.Tensor]
+) -> tuple[TokenLogprobs, ...]:
+    """Of what was measured for these tokens and counts, on the host."""
+    columns: list[list[Any]] = [[], [], [], []]
+    for index, part in enumerate(measured):
+        columns[index % 4] += part.tolist()
+    rows = zip(token_ids, *columns, num_top, strict=True)
+    return tuple(
+        TokenLogprobs(token, logprob, rank, tuple(ids[:num]), tuple(values[:num]))
+        for token, logprob, rank, ids, values, num in rows
+    )
+
+
+def _measure(logits: torch.Tensor, drawn: torch.Tensor, most: int) -> tuple[torch.Tensor, ...]:
     scores = centred(logits)
     log_total = (fixed_mass(scores).sum(-1, keepdim=True) / UNIT).log()
-    drawn = torch.tensor(token_ids, device=logits.device)[:, None]
-    top_ids = _best(logits, min(max(num_top), logits.shape[1]))
+    top_ids = _best(logits, min(most, logits.shape[1]))
     ranks = (logits > logits.gather(1, drawn)).sum(-1) + 1
-    columns = zip(
-        token_ids,
-        (scores.gather(1, drawn) - log_total).squeeze(1).tolist(),
-        ranks.tolist(),
-        top_ids.tolist(),
-        (scores.gather(1, top_ids) - log_total).tolist(),
-        num_top,
-        strict=True,
-    )
-    return [
-        TokenLogprobs(token, logprob, rank, tuple(ids[:num]), tuple(values[:num]))
-        for token, logprob, rank, ids, values, num in columns
-    ]
+    logprobs = (scores.gather(1, drawn) - log_total).squeeze(1)
+    return logprobs, ranks, top_ids, scores.gather(1, top_ids) - log_total
 
 
 def _best(logits: torch.Tensor, count: int) -> torch.Tensor:

@@ -225,4 +225,7 @@ def _records_collectives(spec: WorkerSpec) -> bool:
 
 def _picked(logits: torch.Tensor, index: list[int]) -> torch.Tensor:
     """Rows of the logits; no copy where it is all of them, as in every step that only decodes."""
-    return logits if index == list(range(len(logits))) else logits[index]
+    if index == list(range(len(logits))):
+        return logits
+    (rows,) = move_together([torch.tensor(index, dtype=torch.long)], logits.device)
+    return logits[rows]

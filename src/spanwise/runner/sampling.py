@@ -8,41 +8,26 @@ batch, nor its order, nor an earlier draw has any part in it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
+from spanwise.device.memory import fetch_together
+from spanwise.runner import dense
+from spanwise.runner.asked import Asked, Draws, SampleRow, gather
 from spanwise.runner.filters import keep_min_p, keep_top_k, keep_top_p
-from spanwise.runner.logprobs import token_logprobs
+from spanwise.runner.logprobs import measure, told
 from spanwise.runner.mask import keep_allowed
 from spanwise.runner.mass import centred, slabs
-from spanwise.runner.noise import MAX_NOISE, gumbel_noise, stream_key
-from spanwise.runner.penalties import adjust, needs_adjusting
+from spanwise.runner.noise import MAX_NOISE, gumbel_noise
+from spanwise.runner.penalties import adjust
 from spanwise.types.plan import TokenLogprobs
-from spanwise.types.sampling import SamplingSpec
 
-_COLDEST = 1e-30
-"""Below this a temperature's inverse nears overflow; the draw has long been greedy."""
+__all__ = ["SampleRow", "argmax", "sample"]
+
 _MARGIN = 0.01
 """More than the rounding of any score, noise or sum that can still matter."""
 _FEW = 16
 """Picking tokens out costs more than their noise when more than one in this many is picked."""
-
-
-@dataclass(frozen=True)
-class SampleRow:
-    """One token to draw: the one at index ``position`` of the sequence.
-
-    ``token_ids`` are the ``position`` tokens before it, the first ``num_prompt`` of them the
-    prompt; they are read only where ``needs_adjusting(spec)``. ``allowed``: the tokens that may be
-    drawn, as ``keep_allowed`` takes them; None for all.
-    """
-
-    spec: SamplingSpec
-    position: int
-    token_ids: Sequence[int]
-    num_prompt: int
-    allowed: bytes | None = None
 
 
 def sample(
@@ -54,41 +39,47 @@ def sample(
     overrule (so a stop token is drawn before the minimum length where nothing else is allowed),
     then temperature, top_k, top_p, min_p. A row of temperature 0 takes the largest logit, the
     smallest id among equals. Log probabilities are those of the logits as given.
+
+    What rows ask goes to a card in one copy, what is found comes back in one, and in between
+    nothing waits for it.
     """
-    raw = logits.float()
-    adjusted = _adjusted(raw, rows)
+    raw, device = logits.float(), logits.device
+    asked = gather(rows, logits.shape[1], device)
+    adjusted = _adjusted(raw, asked)
     tokens = argmax(adjusted)
-    drawn = [index for index, row in enumerate(rows) if row.spec.temperature > 0]
-    for slab in slabs(len(drawn), logits.shape[1]):
-        part = drawn[slab]
-        tokens[part] = _draw(adjusted[part], [rows[index] for index in part])
-    token_ids: list[int] = tokens.tolist()
-    return token_ids, _logprobs(raw, token_ids, [row.spec.logprobs for row in rows])
+    for slab in slabs(len(asked.draws), logits.shape[1], device):
+        draws = asked.draws[slab]
+        tokens[draws.rows] = _draw(adjusted[draws.rows], draws)
+    num_top = [row.spec.logprobs for row in rows if row.spec.logprobs >= 0]
+    scored = measure(raw[asked.scored], tokens[asked.scored], num_top) if num_top else []
+    found, *measured = fetch_together([tokens, *scored])
+    token_ids: list[int] = found.tolist()
+    return token_ids, _logprobs(token_ids, rows, measured)
 
 
-def _adjusted(logits: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
-    changed = [index for index, row in enumerate(rows) if needs_adjusting(row.spec)]
-    allowed = {index: row.allowed for index, row in enumerate(rows) if row.allowed is not None}
-    if not changed and not allowed:
+def _adjusted(logits: torch.Tensor, asked: Asked) -> torch.Tensor:
+    if not asked.changes_logits:
         return logits
     logits = logits.clone()
-    for index in changed:
-        row = rows[index]
-        adjust(logits[index], row.spec, row.token_ids, row.num_prompt)
-    keep_allowed(logits, list(allowed), list(allowed.values()))
+    adjust(logits, asked.changes)
+    keep_allowed(logits, asked.masked, asked.masks)
     return logits
 
 
-def _draw(logits: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
+def _draw(logits: torch.Tensor, draws: Draws) -> torch.Tensor:
     """Tokens [rows] of rows whose temperature is above 0."""
-    specs = [row.spec for row in rows]
-    heat = torch.tensor([max(spec.temperature, _COLDEST) for spec in specs], device=logits.device)
-    scores = centred(logits).div_(heat[:, None])
-    scores = keep_top_k(scores, [s.top_k for s in specs])
-    scores = keep_top_p(scores, [s.top_p for s in specs])
-    scores = keep_min_p(scores, [s.min_p for s in specs])
-    keys = [stream_key(row.spec.seed, row.spec.choice, row.position) for row in rows]
-    return _noisy_argmax(scores, torch.tensor(keys, device=logits.device))
+    scores = centred(logits).div_(draws.heat[:, None])
+    if not _picks(scores.device):
+        return dense.noisy_argmax(dense.filtered(scores, draws), draws.keys)
+    scores = keep_top_k(scores, [spec.top_k for spec in draws.specs])
+    scores = keep_top_p(scores, [spec.top_p for spec in draws.specs])
+    scores = keep_min_p(scores, [spec.min_p for spec in draws.specs])
+    return _noisy_argmax(scores, draws.keys)
+
+
+def _picks(device: torch.device) -> bool:
+    """Whether it pays to pick out the few tokens that can win."""
+    return device.type == "cpu"
 
 
 def _noisy_argmax(scores: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -116,13 +107,11 @@ def argmax(scores: torch.Tensor) -> torch.Tensor:
 
 
 def _logprobs(
-    logits: torch.Tensor, token_ids: Sequence[int], wanted: Sequence[int]
+    token_ids: Sequence[int], rows: Sequence[SampleRow], measured: Sequence[torch.Tensor]
 ) -> list[TokenLogprobs | None]:
-    rows = [index for index, num_top in enumerate(wanted) if num_top >= 0]
-    results: list[TokenLogprobs | None] = [None] * len(wanted)
-    if not rows:
-        return results
-    ids, tops = [token_ids[index] for index in rows], [wanted[index] for index in rows]
-    for index, found in zip(rows, token_logprobs(logits[rows], ids, tops), strict=True):
+    scored = [index for index, row in enumerate(rows) if row.spec.logprobs >= 0]
+    results: list[TokenLogprobs | None] = [None] * len(rows)
+    ids, tops = [token_ids[index] for index in scored], [rows[i].spec.logprobs for i in scored]
+    for index, found in zip(scored, told(ids, tops, measured), strict=True):
         results[index] = found
     return results

@@ -8,7 +8,7 @@ import msgspec
 
 from spanwise.types.cache import CacheLayout, LayerCache
 
-Quantization = Literal["int8"]
+Quantization = Literal["int8", "fp8"]
 
 
 class DeviceSpec(msgspec.Struct, frozen=True, kw_only=True):

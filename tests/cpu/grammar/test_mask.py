@@ -7,7 +7,7 @@ import torch
 from tests.support.tiny_models import VOCAB
 from tests.support.tokenizers import EOS
 
-from spanwise.runner.mask import keep_allowed
+from spanwise.runner.mask import keep_allowed, packed_masks
 from spanwise.runner.sampling import SampleRow, sample
 from spanwise.types.sampling import SamplingSpec
 
@@ -29,7 +29,8 @@ def test_each_row_has_its_own_mask(vocab_size: int) -> None:
     kept = logits.clone()
     chosen = [index for index in range(40) if index % 3]
     wanted = [{index, index + 30, vocab_size - 1 - index % 9} for index in chosen]
-    keep_allowed(logits, chosen, [bits(*each, vocab_size=vocab_size) for each in wanted])
+    masks = packed_masks([bits(*each, vocab_size=vocab_size) for each in wanted])
+    keep_allowed(logits, torch.tensor(chosen), masks)
     for index, ids in zip(chosen, wanted, strict=True):
         assert set(logits[index].isfinite().nonzero().flatten().tolist()) == ids
         assert torch.equal(logits[index, list(ids)], kept[index, list(ids)])

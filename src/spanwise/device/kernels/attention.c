@@ -4,6 +4,8 @@
    BLOCK_KEYS with the largest score so far kept (arXiv:1805.02867), whatever else is computed. */
 #include "common.h"
 
+#include <float.h>
+
 enum { LANES = 16, BLOCK_KEYS = 32, MOST_GROUP = 16, MOST_DIM = 256, STRIDE = 64 };
 
 typedef float lanes __attribute__((vector_size(4 * LANES)));
@@ -28,8 +30,18 @@ struct head {
 
 INLINE int64_t filled(int64_t dim) { return (dim + STRIDE - 1) / STRIDE * STRIDE; }
 
+/* Small ones by a polynomial, for beside 1 they would lose their last digits (both: Cephes'
+   tanhf). */
 INLINE float hyperbolic_tangent(float value) {
-    return 1.0f - 2.0f / (exponential(2.0f * value) + 1.0f);
+    float square = value * value;
+    float sum = -5.70498872745e-3f;
+    sum = sum * square + 2.06390887954e-2f;
+    sum = sum * square - 5.37397155531e-2f;
+    sum = sum * square + 1.33314422036e-1f;
+    sum = sum * square - 3.33332819422e-1f;
+    float small = sum * square * value + value;
+    float large = 1.0f - 2.0f / (exponential(2.0f * value) + 1.0f);
+    return square < 0.625f * 0.625f ? small : large;
 }
 
 INLINE void unpack(const void *from, float *to, int64_t count, int64_t end, int dtype) {
@@ -54,8 +66,8 @@ INLINE void unpack_block(float *block, const char *pages, const int64_t *slots, 
                filled(dim), dtype);
 }
 
-/* The sum of each of 16 vectors, as one. */
-INLINE lanes sums_of(lanes v[LANES]) {
+/* The sum of each of 16 vectors, as one, in the first of them. */
+INLINE void sum_each(lanes v[LANES]) {
 #define EVEN(a, b)                                                                                 \
     __builtin_shufflevector(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30)
 #define ODD(a, b)                                                                                  \
@@ -78,7 +90,7 @@ INLINE lanes sums_of(lanes v[LANES]) {
         v[i] = EVEN_PAIRS(v[2 * i], v[2 * i + 1]) + ODD_PAIRS(v[2 * i], v[2 * i + 1]);
     for (int i = 0; i < 2; i++)
         v[i] = EVEN_FOURS(v[2 * i], v[2 * i + 1]) + ODD_FOURS(v[2 * i], v[2 * i + 1]);
-    return LOW_HALVES(v[0], v[1]) + HIGH_HALVES(v[0], v[1]);
+    v[0] = LOW_HALVES(v[0], v[1]) + HIGH_HALVES(v[0], v[1]);
 }
 
 /* Scores of all of the group's queries for the block's keys. */
@@ -95,7 +107,8 @@ INLINE void score_block(struct head *h, int64_t group, int64_t dim, int64_t coun
                 for (int k = 0; k < LANES; k++)
                     products[k] += query * *(const lanes *)(h->block + (from + k) * stride + i);
             }
-            *(lanes *)(h->weights[g] + from) = sums_of(products) * scaling;
+            sum_each(products);
+            *(lanes *)(h->weights[g] + from) = products[0] * scaling;
         }
 }
 
@@ -157,12 +170,14 @@ INLINE void attend_head(const struct decodes *d, int64_t row, int64_t kv_head, i
         (size_t)(row * d->query_row_stride + kv_head * group * dim) * size_of(dtype);
     for (int64_t g = 0; g < group; g++) {
         unpack(queries + (size_t)g * key_bytes, h.queries + g * stride, dim, stride, dtype);
-        h.largest[g] = d->sinks ? load(d->sinks, kv_head * group + g, dtype) : -__builtin_inff();
+        /* Not less, for infinite scores alone have no difference to it. */
+        h.largest[g] = d->sinks ? load(d->sinks, kv_head * group + g, dtype) : -FLT_MAX;
         h.total[g] = d->sinks ? 1.0f : 0.0f;
     }
     memset(h.sums, 0, (size_t)(group * value_stride) * sizeof(float));
-    /* Keys beyond a short block count for nothing, but are multiplied. */
+    /* Keys beyond a short block count for nothing, but are computed with. */
     memset(h.block, 0, (size_t)(BLOCK_KEYS * stride) * sizeof(float));
+    memset(h.weights, 0, (size_t)group * sizeof h.weights[0]);
     for (int64_t begin = 0; begin < all; begin += BLOCK_KEYS) {
         int64_t count = all - begin < BLOCK_KEYS ? all - begin : BLOCK_KEYS;
         int64_t next = begin + BLOCK_KEYS;

@@ -89,10 +89,12 @@ INLINE float rounded(float value, int dtype) {
 
 INLINE size_t size_of(int dtype) { return dtype == DTYPE_BFLOAT16 ? sizeof(bf16) : sizeof(float); }
 
-/* e to the value, relative error 2e-7; 0 below -87.3, the largest number above 88.7. The usual
-   split into a power of two and a polynomial (coefficients: Cephes' expf). */
+/* e to the value, relative error 1e-7; 0 below -87.3, infinite above 88.7. The usual split into a
+   power of two and a polynomial (coefficients: Cephes' expf). */
 INLINE float exponential(float value) {
-    float bounded = value < -87.33f ? -87.33f : value > 88.72f ? 88.72f : value;
+    /* In this order, for what is not a number must not reach the integer. */
+    float bounded = value > -87.33f ? value : -87.33f;
+    bounded = bounded < 89.0f ? bounded : 89.0f;
     float shifted = bounded * 1.44269504088896341f + 12582912.0f; /* rounds to an integer */
     float whole = shifted - 12582912.0f;
     float rest = bounded - whole * 0.693359375f + whole * 2.12194440e-4f;

@@ -40,7 +40,7 @@ int processor_level(void) {
 }
 
 /* Raised with every change of a signature: the library may be older than what calls it. */
-EXPORT int64_t kernels_version(void) { return 1; }
+EXPORT int64_t kernels_version(void) { return 2; }
 
 /* GOMP_parallel of the OpenMP library that torch has loaded: a second one would have threads of
    its own, and both would spin on the same cores. */

@@ -6,7 +6,7 @@
 
    Sums are in float32. What follows a product (bias, activation, a sum or a product with other
    values) is done before the one rounding. */
-#include "common.h"
+#include "tiles.h"
 
 enum { ACTIVATION_NONE, ACTIVATION_SWISH, ACTIVATION_RELU, ACTIVATION_GELU_TANH };
 enum { COMBINE_NONE, COMBINE_ADD, COMBINE_MULTIPLY };
@@ -19,21 +19,17 @@ struct linear {
     int64_t num_panels, num_parts;
 };
 
-#if defined(__x86_64__) && defined(__linux__)
-#include <cpuid.h>
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
+#ifdef HAS_TILES
 
 INLINE float activated(float value, int activation) {
     switch (activation) {
     case ACTIVATION_SWISH:
         return value / (1.0f + exponential(-value));
     case ACTIVATION_RELU:
-        return value > 0.0f ? value : 0.0f;
+        return value < 0.0f ? 0.0f : value; /* what is not a number stays none */
     case ACTIVATION_GELU_TANH: {
         float inner = 0.7978845608028654f * (value + 0.044715f * value * value * value);
-        return value - value / (1.0f + exponential(2.0f * inner));
+        return value / (1.0f + exponential(-2.0f * inner));
     }
     default:
         return value;
@@ -93,208 +89,40 @@ static inline void part_of(const struct linear *l, int64_t part, int64_t *first,
     *last = l->num_panels * (part + 1) / l->num_parts;
 }
 
-/* -- AMX: tiles of 16 rows by 64 bytes; panels of 32 columns ----------------------------------- */
+/* -- AMX: panels of 32 columns ------------------------------------------------------------------- */
 
-#define AMX __attribute__((target("amx-bf16,amx-tile,avx512f,avx512bw,avx512vl,avx512dq")))
+enum { AMX_WIDTH = 32 };
 
-enum {
-    AMX_WIDTH = 32,
-    AMX_MOST_BLOCKS = 6,
-    AMX_MOST_ROWS = AMX_MOST_BLOCKS * 16,
-    CHUNK_STEPS = 40,
-    AMX_STEP_BYTES = AMX_WIDTH * 32 * 2, /* of a panel: 32 inputs, one tile deep */
-    AHEAD_BYTES = 2048,
-};
-
-struct tile_shapes {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-} __attribute__((packed));
-
-static AMX void set_tiles(int rows) {
-    struct tile_shapes shapes;
-    memset(&shapes, 0, sizeof shapes);
-    shapes.palette = 1;
-    for (int tile = 0; tile < 8; tile++) {
-        shapes.row_bytes[tile] = 64;
-        shapes.rows[tile] = (uint8_t)(tile <= 4 ? rows : 16); /* sums, input; then weights */
-    }
-    _tile_loadconfig(&shapes);
-}
-
-/* Eight lines, some way ahead. Spread between the tiles: a core has 16 places for lines on their
-   way, and waits when it asks for more. */
-#define AHEAD(place)                                                                               \
-    do {                                                                                           \
-        for (int line = 0; line < 8; line++)                                                       \
-            _mm_prefetch((place) + AHEAD_BYTES + line * 64, _MM_HINT_T0);                          \
-    } while (0)
-
-static AMX void finish_tile(const struct linear *l, float sums[16][16], int rows, int64_t row,
-                            int64_t column) {
-    if (column < l->out)
-        finish(l, sums[0], rows, row, column, 16);
-}
-
-/* Up to 16 rows, two panels at once. */
-static AMX void two_panels(const struct linear *l, int64_t one, int64_t two) {
-    const char *first = (const char *)(l->weight + one * AMX_WIDTH * l->in);
-    const char *second = (const char *)(l->weight + two * AMX_WIDTH * l->in);
-    const bf16 *input = l->input;
-    size_t stride = (size_t)l->input_stride * sizeof(bf16);
-    float sums[4][16][16];
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t step = l->in / 32; step > 0; step--) {
-        _tile_loadd(4, input, stride);
-        AHEAD(first);
-        _tile_loadd(5, first, 128);
-        AHEAD(second);
-        _tile_dpbf16ps(0, 4, 5);
-        AHEAD(first + 512);
-        _tile_loadd(6, first + 64, 128);
-        AHEAD(second + 512);
-        _tile_dpbf16ps(1, 4, 6);
-        AHEAD(first + 1024);
-        _tile_loadd(7, second, 128);
-        AHEAD(second + 1024);
-        _tile_dpbf16ps(2, 4, 7);
-        AHEAD(first + 1536);
-        _tile_loadd(5, second + 64, 128);
-        AHEAD(second + 1536);
-        _tile_dpbf16ps(3, 4, 5);
-        first += AMX_STEP_BYTES;
-        second += AMX_STEP_BYTES;
-        input += 32;
-    }
-    _tile_stored(0, sums[0], 64);
-    _tile_stored(1, sums[1], 64);
-    _tile_stored(2, sums[2], 64);
-    _tile_stored(3, sums[3], 64);
-    int rows = (int)l->rows;
-    finish_tile(l, sums[0], rows, 0, one * AMX_WIDTH);
-    finish_tile(l, sums[1], rows, 0, one * AMX_WIDTH + 16);
-    if (two == one)
-        return;
-    finish_tile(l, sums[2], rows, 0, two * AMX_WIDTH);
-    finish_tile(l, sums[3], rows, 0, two * AMX_WIDTH + 16);
-}
-
-/* More rows in blocks of up to 16. A unit of two panels, CHUNK_STEPS deep, stays in the second
-   level cache while one block after another passes over it; meanwhile the next one is fetched, a
-   share with each block. */
-struct unit {
-    const char *first, *second, *next_first, *next_second;
-    int64_t steps, lines; /* lines: of the next unit's panels, with each step */
-    int is_first;         /* of its panels: sums begin at zero */
-};
-
-static AMX void pass(const struct unit *unit, const bf16 *input, size_t stride,
-                     float sums[4][16][16]) {
-    const char *first = unit->first, *second = unit->second;
-    const char *next_first = unit->next_first, *next_second = unit->next_second;
-    if (unit->is_first) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    } else {
-        _tile_loadd(0, sums[0], 64);
-        _tile_loadd(1, sums[1], 64);
-        _tile_loadd(2, sums[2], 64);
-        _tile_loadd(3, sums[3], 64);
-    }
-    for (int64_t step = unit->steps; step > 0; step--) {
-        _tile_loadd(4, input, stride);
-        _tile_loadd(5, first, 128);
-        _tile_dpbf16ps(0, 4, 5);
-        _tile_loadd(6, first + 64, 128);
-        _tile_dpbf16ps(1, 4, 6);
-        for (int64_t line = 0; line < unit->lines; line++)
-            _mm_prefetch(next_first + line * 64, _MM_HINT_T1);
-        _tile_loadd(7, second, 128);
-        _tile_dpbf16ps(2, 4, 7);
-        _tile_loadd(5, second + 64, 128);
-        _tile_dpbf16ps(3, 4, 5);
-        for (int64_t line = 0; line < unit->lines; line++)
-            _mm_prefetch(next_second + line * 64, _MM_HINT_T1);
-        first += AMX_STEP_BYTES;
-        second += AMX_STEP_BYTES;
-        next_first += unit->lines * 64;
-        next_second += unit->lines * 64;
-        input += 32;
-    }
-    _tile_stored(0, sums[0], 64);
-    _tile_stored(1, sums[1], 64);
-    _tile_stored(2, sums[2], 64);
-    _tile_stored(3, sums[3], 64);
-}
-
-static AMX void panels_in_blocks(const struct linear *l, int64_t first, int64_t last,
-                                 int num_blocks, int rows) {
-    float sums[AMX_MOST_BLOCKS][4][16][16];
-    size_t stride = (size_t)l->input_stride * sizeof(bf16);
-    int64_t panel_bytes = AMX_WIDTH * l->in * (int64_t)sizeof(bf16), half = (last - first + 1) / 2;
-    int64_t all_steps = l->in / 32;
-    struct unit unit;
-    unit.lines = (32 + num_blocks - 1) / num_blocks;
-    for (int64_t panel = first; panel < first + half; panel++) {
-        int64_t other = panel + half < last ? panel + half : panel;
-        for (int64_t at = 0; at < all_steps; at += CHUNK_STEPS) {
-            unit.is_first = at == 0;
-            unit.steps = all_steps - at < CHUNK_STEPS ? all_steps - at : CHUNK_STEPS;
-            unit.first = (const char *)l->weight + panel * panel_bytes + at * AMX_STEP_BYTES;
-            unit.second = (const char *)l->weight + other * panel_bytes + at * AMX_STEP_BYTES;
-            for (int block = 0; block < num_blocks; block++) {
-                int64_t row = block < num_blocks - 1 ? block * rows : l->rows - rows;
-                int64_t ahead = unit.steps * AMX_STEP_BYTES + block * unit.steps * unit.lines * 64;
-                unit.next_first = unit.first + ahead;
-                unit.next_second = unit.second + ahead;
-                pass(&unit, l->input + row * l->input_stride + at * 32, stride, sums[block]);
-            }
+/* The columns of panels `one` and `two`, of all rows. */
+static AMX void finish_panels(const struct linear *l, struct blocks blocks, tile_sums *sums,
+                              int64_t one, int64_t two) {
+    for (int64_t block = 0; block < blocks.count; block++)
+        for (int tile = 0; tile < (one == two ? 2 : 4); tile++) {
+            int64_t column = (tile < 2 ? one : two) * AMX_WIDTH + (tile & 1) * 16;
+            if (column < l->out)
+                finish(l, (const float *)sums[block][tile], blocks.rows, first_row(blocks, block),
+                       column, 16);
         }
-        for (int block = 0; block < num_blocks; block++) {
-            int64_t row = block < num_blocks - 1 ? block * rows : l->rows - rows;
-            finish_tile(l, sums[block][0], rows, row, panel * AMX_WIDTH);
-            finish_tile(l, sums[block][1], rows, row, panel * AMX_WIDTH + 16);
-            if (other == panel)
-                continue;
-            finish_tile(l, sums[block][2], rows, row, other * AMX_WIDTH);
-            finish_tile(l, sums[block][3], rows, row, other * AMX_WIDTH + 16);
-        }
-    }
 }
 
 static AMX void amx_part(void *arguments, int64_t part) {
     const struct linear *l = arguments;
-    int64_t first, last;
+    tile_sums sums[MOST_BLOCKS];
+    struct blocks blocks = blocks_of(l->rows);
+    const char *weight = (const char *)l->weight;
+    int64_t first, last, panel_bytes = AMX_WIDTH * l->in * (int64_t)sizeof(bf16);
     part_of(l, part, &first, &last);
-    if (l->rows <= 16) {
-        set_tiles((int)l->rows);
-        int64_t half = (last - first + 1) / 2;
-        for (int64_t panel = first; panel < first + half; panel++)
-            two_panels(l, panel, panel + half < last ? panel + half : panel);
-    } else {
-        int num_blocks = (int)(l->rows + 15) / 16;
-        int rows = (int)(l->rows + num_blocks - 1) / num_blocks;
-        set_tiles(rows);
-        panels_in_blocks(l, first, last, num_blocks, rows);
+    set_tiles(blocks.rows);
+    int64_t half = (last - first + 1) / 2;
+    for (int64_t panel = first; panel < first + half; panel++) {
+        int64_t other = panel + half < last ? panel + half : panel;
+        const char *one = weight + panel * panel_bytes, *two = weight + other * panel_bytes;
+        struct step at = {one, two, one, two, 4 * AMX_WIDTH, 4 * AMX_WIDTH * TILE_ROWS};
+        multiply_blocks(at, (const char *)l->input, (size_t)l->input_stride * sizeof(bf16),
+                        l->in / 32, blocks, 0, sums);
+        finish_panels(l, blocks, sums, panel, other);
     }
     _tile_release();
-}
-
-/* Whether the processor and the system have AMX; asks the system for it, once a process. */
-static int has_amx(void) {
-    unsigned a, b, c, d;
-    if (processor_level() != LEVEL_V4 || !__get_cpuid_count(7, 0, &a, &b, &c, &d))
-        return 0;
-    if (!(d & 1u << 22) || !(d & 1u << 24)) /* AMX-BF16, AMX-TILE */
-        return 0;
-    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
-    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
 }
 
 /* -- AVX512-BF16: pairs of products; panels of 64 columns -------------------------------------- */
@@ -356,8 +184,8 @@ static int has_dot(void) {
 
 /* With panels of `width` columns: the most rows of a product, 0 where there is none for them. */
 EXPORT int64_t linear_most_rows(int64_t width) {
-    if (width == AMX_WIDTH && has_amx())
-        return AMX_MOST_ROWS;
+    if (width == AMX_WIDTH && has_tiles())
+        return MOST_TILED_ROWS;
     if (width == DOT_WIDTH && has_dot())
         return DOT_MOST_ROWS;
     return 0;

@@ -27,7 +27,7 @@ INLINE void norm_row(const struct norm *n, int64_t row, int64_t group, int dtype
         sum += value * value;
     }
     float scale = 1.0f / __builtin_sqrtf(sum / (float)n->dim + n->eps);
-    /* A weight of the input's dtype is applied after the rounding to it, one in float32 before. */
+    /* A weight of the input's dtype is applied after the rounding to it, another before. */
     SIMD for (int64_t i = 0; i < n->dim; i++) {
         float value = load(from, i, dtype) * scale;
         if (weight_dtype == dtype)
@@ -41,8 +41,10 @@ INLINE void norm_part_body(void *arguments, int64_t part) {
     int64_t last = smaller(n->rows, (part + 1) * ROWS_PER_PART);
     for (int64_t row = part * ROWS_PER_PART; row < last; row++)
         for (int64_t group = 0; group < n->groups; group++) {
-            if (n->dtype == DTYPE_FLOAT32)
+            if (n->dtype == DTYPE_FLOAT32 && n->weight_dtype == DTYPE_FLOAT32)
                 norm_row(n, row, group, DTYPE_FLOAT32, DTYPE_FLOAT32);
+            else if (n->dtype == DTYPE_FLOAT32)
+                norm_row(n, row, group, DTYPE_FLOAT32, DTYPE_BFLOAT16);
             else if (n->weight_dtype == DTYPE_FLOAT32)
                 norm_row(n, row, group, DTYPE_BFLOAT16, DTYPE_FLOAT32);
             else
@@ -53,7 +55,7 @@ INLINE void norm_part_body(void *arguments, int64_t part) {
 FOR_EACH_PROCESSOR(norm_part, (void *arguments, int64_t part), (arguments, part))
 
 /* input [rows, groups, dim] to output likewise, over dim, which is contiguous in all; strides in
-   values. A weight [dim] of the input's dtype or float32. */
+   values. weight [dim]. */
 EXPORT void rms_norm(const void *input, const void *weight, void *output, int64_t rows,
                      int64_t groups, int64_t dim, int64_t row_stride, int64_t group_stride,
                      int64_t output_row_stride, int64_t output_group_stride, float eps,
