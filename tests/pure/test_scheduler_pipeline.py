@@ -14,7 +14,7 @@ from spanwise.engine.core import EngineCore
 from spanwise.engine.launch import ReplicaHandle
 from spanwise.scheduler.request import SequenceRequest
 from spanwise.scheduler.scheduler import Scheduler
-from spanwise.scheduler.step_times import StepTimes
+from spanwise.scheduler.step_times import StepTimes, rounded_down
 from spanwise.scheduler.update import SequenceUpdate
 from spanwise.types.plan import LaneResult, Sampled, StepPlan, StepResult
 
@@ -94,6 +94,32 @@ def test_much_to_do_makes_larger_chunks_whatever_a_step_takes() -> None:
     assert measured(CORE.share(0.5)).chunk(16 * 500) == 500
     assert StepTimes(3, 64, 512).chunk(6 * 100) == 100, "not measured yet: two chunks a stage"
     assert StepTimes(3, 64, 512).chunk(1) == 64
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"), [(1, 1), (15, 15), (17, 16), (100, 96), (300, 288), (527, 512), (1600, 1536)]
+)
+def test_a_step_is_rounded_to_what_devices_compute_anyway(given: int, kept: int) -> None:
+    assert rounded_down(given) == kept
+    assert all(count - rounded_down(count) < max(16, count / 8) for count in range(1, 3000))
+
+
+def test_decoding_rows_and_chunks_make_round_steps_together() -> None:
+    scheduler = Scheduler(pipeline_config(2))
+    for sequence_id in range(12):
+        add(scheduler, sequence_id, 300, max_tokens=30, stop_token_ids=())
+    made = deque([plan(scheduler)])
+    mixed = 0
+    while made:
+        while (following := scheduler.next_plan()) is not None:
+            made.append(following)
+        oldest = made.popleft()
+        counts = [row[2] for row in rows(oldest)]
+        is_mixed = 1 in counts and max(counts) > 1 and scheduler.num_waiting > 0
+        assert not is_mixed or sum(counts) % 16 == 0, counts
+        mixed += is_mixed
+        answer(scheduler, oldest)
+    assert mixed
 
 
 def test_times_that_vary_a_little_change_nothing() -> None:

@@ -20,7 +20,7 @@ from spanwise.scheduler.request import SequenceRequest
 from spanwise.scheduler.sequence import Sequence
 from spanwise.scheduler.service import Service
 from spanwise.scheduler.stats import EndReason, SchedulerStats, Tally
-from spanwise.scheduler.step_times import StepTimes
+from spanwise.scheduler.step_times import StepTimes, rounded_down
 from spanwise.scheduler.update import SequenceUpdate
 from spanwise.types.plan import LanePlan, StepPlan, StepResult
 
@@ -171,7 +171,7 @@ class Scheduler:
         self._preempt_outgrown()
         draft = Draft(self._step, self._config.max_step_tokens)
         self._plan_decodes(draft, steps_apart=self._config.num_micro_batches)
-        draft.budget = min(draft.budget, self._prefill_share())
+        draft.budget = min(draft.budget, self._prefill_share(len(draft.rows)))
         self._plan_chunks(draft)
         self._admit(draft)
         if not draft.rows:
@@ -249,18 +249,21 @@ class Scheduler:
             if sequence.is_running and (room := self._make_room(sequence, draft)):
                 draft.add(sequence, room)
 
-    def _prefill_share(self) -> int:
-        """How many prompt tokens one step may take.
+    def _prefill_share(self, num_decodes: int) -> int:
+        """How many prompt tokens one step may take beside its decoding rows.
 
         On a pipeline a part of what is there to do: idle time at both ends of the work is about
-        one chunk's, so taking all at once would keep one stage busy at a time.
+        one chunk's, so taking all at once would keep one stage busy at a time. All tokens of the
+        step make a round number, since devices fill others up.
         """
         config = self._config
         if config.num_micro_batches == 1:
             return config.max_step_tokens
         some_waiting = islice(self._waiting, config.max_num_seqs)
         wanted = [s.wanted for s in chain(self._running, some_waiting)]
-        return self._times.chunk(sum([count for count in wanted if count > 1]))
+        chunk = self._times.chunk(sum([count for count in wanted if count > 1]))
+        beside = rounded_down(chunk + num_decodes) - num_decodes
+        return beside if beside > 0 else chunk
 
     def _plan_chunks(self, draft: Draft) -> None:
         for sequence in [s for s in self._running if s.wanted > 1]:

@@ -8,8 +8,15 @@ _KEPT = 0.95  # of what is known, with each step: about the last twenty of a kin
 _ENOUGH = 3.0  # steps of a kind, before they tell anything
 _STEPS_IN_CHUNK = 10  # a chunk takes so many times what a step takes by itself
 _MIN_TOKENS = 16
+_LEAST_ROUND = 16
 _SLACK = 0.75  # in powers of two: times that vary a little change nothing
 _PARTS, _PARTS_UNMEASURED = 8, 2  # chunks a stage of all there is, where those are not too small
+
+
+def rounded_down(num_tokens: int) -> int:
+    """By less than an eighth, to a multiple of 16 or of more; less than 16 stay as they are."""
+    size = max(_LEAST_ROUND, 1 << num_tokens.bit_length() >> 4)
+    return num_tokens // size * size if num_tokens >= size else num_tokens
 
 
 class StepTimes:
