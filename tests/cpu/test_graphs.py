@@ -49,7 +49,7 @@ def recorders(monkeypatch: pytest.MonkeyPatch) -> list[Rerun]:
         return made[-1]
 
     monkeypatch.setattr(runner, "recorder_of", of)
-    monkeypatch.setattr(native, "library", lambda: None)  # out of a tape's sight
+    monkeypatch.setattr(native, "loaded", lambda: None)  # out of a tape's sight
     monkeypatch.setattr(decode_graphs, "LEAST_LENGTH", 16)
     monkeypatch.setattr(decode_graphs, "_LENGTH_FACTOR", 2)
     return made

@@ -34,14 +34,14 @@ def assert_close(own: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> 
 
 
 def test_the_kernels_were_built() -> None:
-    assert native.library() is not None
+    assert native.loaded() is not None
 
 
 def test_a_library_of_another_version_is_left_alone(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(native, "_VERSION", native._VERSION + 1)
-    assert native.library.__wrapped__() is None
+    assert native.loaded.__wrapped__() is None
     assert "install spanwise again" in caplog.text
 
 
@@ -49,7 +49,7 @@ def test_without_a_library_torch_computes(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
-    assert native.library.__wrapped__() is None
+    assert native.loaded.__wrapped__() is None
     assert "install a C compiler" in caplog.text
 
 

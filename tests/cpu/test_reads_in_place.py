@@ -130,7 +130,7 @@ def test_layers_hand_over_rows_slots_and_counts(
         calls += 1
         return gathered(*arguments)
 
-    monkeypatch.setattr(native, "library", lambda: None)  # it comes before
+    monkeypatch.setattr(native, "loaded", lambda: None)  # it comes before
     monkeypatch.setattr(attention, "reads_in_place", lambda *_: True)
     monkeypatch.setattr(attention, "paged_decode", paged_decode)
     assert Replica(tmp_path).generate(asked, 20, sampling)[0] == wanted

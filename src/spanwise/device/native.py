@@ -1,6 +1,6 @@
 """The kernels for CPUs of ``device/kernels``: C, built with the package, called by address.
 
-``library()`` is None where they could not be built; torch operations serve then, as they do for
+``loaded()`` is None where they could not be built; torch operations serve then, as they do for
 every tensor that the kernels do not take. Results are the same within rounding.
 """
 
@@ -50,7 +50,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
 
 
 @cache
-def library() -> ctypes.CDLL | None:
+def loaded() -> ctypes.CDLL | None:
     """The kernels, or None where they were not built."""
     built = Path(__file__).with_name("_kernels.so")
     if not built.is_file():
@@ -82,13 +82,13 @@ def _parallel() -> int | None:
 
 def takes(tensor: torch.Tensor) -> bool:
     """Whether there are kernels for tensors like this one."""
-    return tensor.device.type == "cpu" and tensor.dtype in _DTYPES and library() is not None
+    return tensor.device.type == "cpu" and tensor.dtype in _DTYPES and loaded() is not None
 
 
 @cache
 def linear_most_rows(width: int) -> int:
     """With panels of ``width`` columns, the most rows of ``linear``; 0 for none on this CPU."""
-    kernels = library()
+    kernels = loaded()
     return 0 if kernels is None else kernels.linear_most_rows(width)
 
 
@@ -107,7 +107,7 @@ def linear(
     ``address``: of panels as ``device/kernels/linear.c`` has them; it also has the numbers of
     ``activation`` and ``combine``. ``in`` is a multiple of 32.
     """
-    kernels = library()
+    kernels = loaded()
     assert kernels is not None and hidden.dtype == torch.bfloat16
     if hidden.stride(1) != 1:
         hidden = hidden.contiguous()
@@ -127,13 +127,13 @@ def linear(
 @cache
 def int8_most_rows() -> int:
     """The most rows of ``int8_linear``; 0 for none on this CPU."""
-    kernels = library()
+    kernels = loaded()
     return 0 if kernels is None else kernels.int8_most_rows()
 
 
 def int8_quantize(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Of ``[rows, in]`` in bfloat16 u8 around 128, and the step of each row, ``[rows]``."""
-    kernels = library()
+    kernels = loaded()
     assert kernels is not None and rows.dtype == torch.bfloat16 and rows.stride(1) == 1
     tokens = torch.empty(rows.shape, dtype=torch.uint8)
     steps = torch.empty(rows.shape[0], dtype=rows.dtype)
@@ -157,7 +157,7 @@ def int8_linear(
     ``address``: of panels as ``device/kernels/int8.c`` has them. ``steps`` and ``offsets``
     ``[out]``; ``token_steps`` ``[rows]``. ``in`` is a multiple of 64.
     """
-    kernels = library()
+    kernels = loaded()
     assert kernels is not None and tokens.is_contiguous() and out.is_contiguous()
     assert out.dtype == torch.bfloat16 and (bias is None or bias.dtype == torch.bfloat16)
     scales = (steps, offsets, token_steps)
@@ -176,7 +176,7 @@ def rms_norm(
     A ``weight`` ``[dim]`` of the input's dtype is applied after the rounding to it, another before.
     ``out`` may be ``hidden``.
     """
-    kernels = library()
+    kernels = loaded()
     assert kernels is not None and hidden.dim() in (2, 3)
     assert weight.shape == hidden.shape[-1:] and weight.is_contiguous()
     if hidden.stride(-1) != 1:
@@ -209,7 +209,7 @@ def rotate_and_write(
     ``tables``: cosines and sines ``[tokens, rotated dim]``, float32; None for no positions.
     ``keys`` and ``values`` ``[slots, kv_heads, dim]``.
     """
-    kernels = library()
+    kernels = loaded()
     assert kernels is not None and keys.shape == values.shape
     assert heads.dtype == keys.dtype == values.dtype, "the cache holds what the model computes in"
     assert keys.is_contiguous() and values.is_contiguous()
@@ -246,7 +246,7 @@ def attends(
 
 @cache
 def _most_heads() -> tuple[int, int]:
-    kernels = library()
+    kernels = loaded()
     assert kernels is not None
     return kernels.attention_most_group(), kernels.attention_most_dim()
 
@@ -265,7 +265,7 @@ def attend_decodes(
     Keys and values ``[slots, kv_heads, dim]`` are read where they lie: row i reads
     ``slots[i, :counts[i]]`` of ``[rows, length]``. Returns ``[rows, kv_heads, group, value_dim]``.
     """
-    kernels = library()
+    kernels = loaded()
     assert kernels is not None and keys.is_contiguous() and values.is_contiguous()
     assert slots.dtype == counts.dtype == torch.int64
     assert slots.is_contiguous() and counts.is_contiguous()

@@ -124,10 +124,10 @@ class GrammarChecker:
         """What a trial says; None for one without an end, whose process then makes way."""
         if self._trial is not None and not self._trial.is_alive():
             self._end_trial()  # somebody else has killed it: no fault of this grammar
-        trial = self._trial = self._trial or _Trial(self._folder)
         try:
-            trial.wait_ready()
-            problem = trial.ask(grammar)
+            problem = self._asked(grammar)
+        except ChannelClosed:
+            problem = self._asked_again(grammar)
         except BaseException:
             self._end_trial()
             raise
@@ -135,6 +135,22 @@ class GrammarChecker:
             self._end_trial()
             self._trial = _Trial(self._folder)
         return problem
+
+    def _asked(self, grammar: Grammar) -> str | None:
+        trial = self._trial = self._trial or _Trial(self._folder)
+        trial.wait_ready()
+        return trial.ask(grammar)
+
+    def _asked_again(self, grammar: Grammar) -> str | None:
+        """In a new process: the last may have been dying when it was asked."""
+        self._end_trial()
+        try:
+            return self._asked(grammar)
+        except ChannelClosed:
+            return None  # the grammar ends each of them
+        except BaseException:
+            self._end_trial()
+            raise
 
     def _end_trial(self) -> None:
         if self._trial is not None:
@@ -161,7 +177,10 @@ class _Trial:
         """Raises ModelError where the model's tokenizer cannot be used with grammars."""
         if self._is_ready:
             return
-        verdict = self._answer(_START_S)
+        try:
+            verdict = self._answer(_START_S)
+        except ChannelClosed:
+            verdict = None
         if verdict is None:
             raise EngineError("the process that checks grammars does not start; try again")
         if verdict.problem:
@@ -169,11 +188,11 @@ class _Trial:
         self._is_ready = True
 
     def ask(self, grammar: Grammar) -> str | None:
-        """What is wrong with a grammar; None where the process did not come to an answer."""
-        try:
-            self._channel.send(TryGrammar(grammar))
-        except ChannelClosed:
-            return None
+        """What is wrong with a grammar; None where the process did not come to an answer.
+
+        Raises ChannelClosed where it has ended.
+        """
+        self._channel.send(TryGrammar(grammar))
         verdict = self._answer(_TRIAL_S)
         return None if verdict is None else verdict.problem
 
@@ -183,14 +202,11 @@ class _Trial:
         self._process.end(0.0)
 
     def _answer(self, timeout_s: float) -> Verdict | None:
-        """The next answer; None when the time is up, or the process is gone."""
+        """The next answer; None when the time is up. Raises ChannelClosed."""
         poll = select.poll()
         poll.register(self._channel, select.POLLIN)
         deadline = time.monotonic() + timeout_s
-        try:
-            while poll.poll(max(0.0, deadline - time.monotonic()) * 1e3):
-                for verdict, _ in self._channel.arrived():
-                    return verdict
-        except ChannelClosed:
-            return None
+        while poll.poll(max(0.0, deadline - time.monotonic()) * 1e3):
+            for verdict, _ in self._channel.arrived():
+                return verdict
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -223,3 +224,18 @@ def test_what_can_be_said_at_once_needs_no_process() -> None:
     check_text(regex("(a"))
     with pytest.raises(InputError, match="empty"):
         check_text(regex(""))
+
+
+def test_a_trial_that_dies_as_it_is_asked_is_no_fault_of_the_grammar(
+    checker: GrammarChecker,
+) -> None:
+    """It ends after it was seen alive: the grammar is tried once more, in a new process."""
+    for number in range(3):
+        checker.check(Grammar("regex", f"before {number}[a-z]"))
+        trial = checker._trial
+        assert trial is not None
+        trial._process.signal(signal.SIGKILL)
+        trial._process.wait(10.0)
+        trial.is_alive = lambda: True  # type: ignore[method-assign]
+        checker.check(Grammar("regex", f"after {number}[a-z]"))
+        assert checker._trial is not trial
