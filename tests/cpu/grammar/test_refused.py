@@ -227,7 +227,7 @@ def test_what_can_be_said_at_once_needs_no_process() -> None:
 
 
 def test_a_trial_that_dies_as_it_is_asked_is_no_fault_of_the_grammar(
-    checker: GrammarChecker,
+    checker: GrammarChecker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It ends after it was seen alive: the grammar is tried once more, in a new process."""
     for number in range(3):
@@ -236,6 +236,6 @@ def test_a_trial_that_dies_as_it_is_asked_is_no_fault_of_the_grammar(
         assert trial is not None
         trial._process.signal(signal.SIGKILL)
         trial._process.wait(10.0)
-        trial.is_alive = lambda: True  # type: ignore[method-assign]
+        monkeypatch.setattr(trial, "is_alive", lambda: True)
         checker.check(Grammar("regex", f"after {number}[a-z]"))
         assert checker._trial is not trial
