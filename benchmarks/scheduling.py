@@ -132,7 +132,9 @@ class Stopwatch:
 class Load:
     """Sequences for a core, of which 256 run at any time; those that end are followed by others."""
 
-    def __init__(self, core: EngineCore, lengths: tuple[int, int] | None, seed: int) -> None:
+    def __init__(
+        self, core: EngineCore[SequenceRequest], lengths: tuple[int, int] | None, seed: int
+    ) -> None:
         """``lengths``: fewest and most tokens of an answer; None where none ever ends."""
         self._core, self._lengths = core, lengths
         self._chance = random.Random(seed)
@@ -207,7 +209,7 @@ def measure(place: str, load: str, max_in_flight: int, num_steps: int) -> dict[s
     watch = Stopwatch()
     with PLACES[place]() as (executor, worker):
         scheduler = Scheduler(config)
-        core = EngineCore([ReplicaHandle(scheduler, executor)], config)
+        core = EngineCore([ReplicaHandle(scheduler, executor)])
         running = Load(core, LOADS[load], seed=3)
         running.run(100)
         for owner, name in ((scheduler, "next_plan"), (scheduler, "accept"), (executor, "submit")):
@@ -271,7 +273,7 @@ def runner_overhead(num_steps: int) -> dict[str, float]:
     entries = msgspec.structs.replace(INSTANT, runner="spanwise.runner.runner:Runner")
     executor = InProcessExecutor(shard, WORKER, arena_bytes(shard.layer_caches, 4, LAYOUT), entries)
     try:
-        core = EngineCore([ReplicaHandle(Scheduler(config), executor)], config)
+        core = EngineCore([ReplicaHandle(Scheduler(config), executor)])
         running = Load(core, None, seed=3)
         running.run(20)
         step: Any = executor._runner

@@ -48,6 +48,18 @@ class OverloadedError(SpanwiseError):
         self.of_tenant = of_tenant
 
 
+class ItemError(InputError):
+    """The model could not compute an item."""
+
+
+class DeadlineError(SpanwiseError):
+    """A request's time was up before it was computed."""
+
+
+class SupersededError(SpanwiseError):
+    """A newer item of the same stream came before this one was computed."""
+
+
 class EngineError(SpanwiseError):
     """The engine itself failed: a worker died, a step could not run."""
 

@@ -76,7 +76,7 @@ class Table:
         )
         telemetry = cast(Telemetry, Mock(spec=Telemetry))
         self.requests = Requests(config, self.journal, telemetry, self._tell)
-        self.requests.begin(cast(EngineCore, self.core), 100)
+        self.requests.begin(cast(EngineCore[SequenceRequest], self.core), 100)
         self._ids = count()
 
     def _tell(self, front: FrontPort, message: ToFront) -> None:

@@ -13,7 +13,7 @@ import time
 from spanwise.comm.segment import Segment, SegmentLayout
 from spanwise.errors import CommunicationError, DeviceError, ModelError, WaitInterruptedError
 from spanwise.types.cache import CacheLayout
-from spanwise.types.model import ModelFacts
+from spanwise.types.model import ModelFacts, ModelSource
 from spanwise.types.plan import LanePlan, LaneResult, NewSequence, Sampled, StepPlan, StepResult
 from spanwise.types.sampling import SamplingSpec
 from spanwise.types.worker import DeviceSpec, RankPlace, ShardInfo, ShardSpec, WorkerSpec
@@ -39,11 +39,11 @@ class FakeShard:
         )
 
 
-def describe(folder: str, dtype: str) -> ModelFacts:
+def describe(source: ModelSource) -> ModelFacts:
     """Facts of a model that does not exist; the folder says what goes wrong."""
-    _misbehave(folder)
+    _misbehave(source.folder)
     return ModelFacts(
-        architecture=f"Fake in {folder} as {dtype}",
+        architecture=f"Fake in {source.folder} as {source.dtype}",
         model_type="fake",
         num_layers=2,
         hidden_size=8,

@@ -115,7 +115,7 @@ def test_from_prompt_to_tokens_as_on_cards(
     """The whole way of a CUDA rank with the CPU as its card: describe, size, load, arena, step."""
     there = [("card", 8 << 30, 6 << 30)] * 2
     monkeypatch.setattr("spanwise.device.devices.cuda_cards", lambda: there)
-    monkeypatch.setattr("spanwise.engine.launch.cuda_cards", lambda: there)
+    monkeypatch.setattr("spanwise.engine.language_launch.cuda_cards", lambda: there)
     right = reference_of("qwen3_moe", models)
     params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
     before = with_cards.pids()
@@ -131,7 +131,7 @@ def test_weights_too_large_for_a_card_are_refused_before_they_are_loaded(
 ) -> None:
     there = [("card", 8 << 30, 1 << 30)]
     monkeypatch.setattr("spanwise.device.devices.cuda_cards", lambda: there)
-    monkeypatch.setattr("spanwise.engine.launch.cuda_cards", lambda: there)
+    monkeypatch.setattr("spanwise.engine.language_launch.cuda_cards", lambda: there)
     right = reference_of("qwen3_moe", models)
     before = with_cards.pids()
     with (

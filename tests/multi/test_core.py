@@ -47,7 +47,9 @@ class InstantExecutor:
         os.close(self._write)
 
 
-def make(num_replicas: int, max_num_seqs: int) -> tuple[EngineCore, list[InstantExecutor]]:
+def make(
+    num_replicas: int, max_num_seqs: int
+) -> tuple[EngineCore[SequenceRequest], list[InstantExecutor]]:
     layers = CacheGroup(layers=(0,), num_blocks=400, window=0)
     config = SchedulerConfig(
         max_step_tokens=64,
@@ -58,10 +60,10 @@ def make(num_replicas: int, max_num_seqs: int) -> tuple[EngineCore, list[Instant
     )
     executors = [InstantExecutor() for _ in range(num_replicas)]
     handles = [ReplicaHandle(Scheduler(config), executor) for executor in executors]
-    return EngineCore(handles, config), executors
+    return EngineCore(handles), executors
 
 
-def run(core: EngineCore) -> Counter[int]:
+def run(core: EngineCore[SequenceRequest]) -> Counter[int]:
     """To the end: how many tokens each sequence got."""
     got: Counter[int] = Counter()
     updates = core.feed(time.monotonic())

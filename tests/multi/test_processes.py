@@ -34,6 +34,7 @@ from tests.multi.fakes import (
 )
 
 from spanwise.errors import CommunicationError, DeviceError, EngineError, ModelError, WorkerError
+from spanwise.types.model import ModelSource
 from spanwise.types.plan import StepResult
 from spanwise.worker.channel import Channel, ChannelClosed, encode
 from spanwise.worker.entries import Entries, resolve
@@ -185,14 +186,14 @@ def test_kinds_of_errors_survive() -> None:
 
 
 def test_describes_in_a_child(supervisor: Supervisor) -> None:
-    facts = supervisor.describe("folder", "bfloat16")
+    facts = supervisor.describe(ModelSource(folder="folder", dtype="bfloat16"))
     assert facts.architecture == "Fake in folder as bfloat16"
     assert wait_until(lambda: not psutil.Process(supervisor.pids()[0]).children(), 5)
 
 
 def test_loading_fails_with_the_error_of_the_model(supervisor: Supervisor) -> None:
     with pytest.raises(ModelError, match=r"^missing is no model folder: give one that has a con"):
-        supervisor.describe("missing", "float32")
+        supervisor.describe(ModelSource(folder="missing", dtype="float32"))
     shard = replica_spec("missing").workers[0].shard
     with pytest.raises(ModelError, match=r"^missing is no model folder: give one that has a con"):
         supervisor.load([shard])
@@ -207,7 +208,7 @@ def test_loading_that_breaks_is_one_line(supervisor: Supervisor) -> None:
 
 def test_a_killed_child_is_named(supervisor: Supervisor) -> None:
     with pytest.raises(WorkerError, match=r"^the process describing killed died from signal 9$"):
-        supervisor.describe("killed", "float32")
+        supervisor.describe(ModelSource(folder="killed", dtype="float32"))
     with pytest.raises(WorkerError, match=r"^the zygote of shard pp0/tp0 died from signal 9$"):
         supervisor.load([replica_spec("killed").workers[0].shard])
 
@@ -229,7 +230,7 @@ def test_cores_that_are_not_there_are_named(supervisor: Supervisor) -> None:
 def test_a_fork_server_that_cannot_import_says_so() -> None:
     broken = Supervisor(msgspec.structs.replace(FAKES, preload=("no_such_module",)))
     with pytest.raises(WorkerError, match=r"^the fork server failed: ModuleNotFoundError: No mod"):
-        broken.describe("folder", "float32")
+        broken.describe(ModelSource(folder="folder", dtype="float32"))
     broken.shutdown()
 
 
@@ -286,7 +287,7 @@ def test_nothing_survives_the_supervising_process(phase: str) -> None:
 def test_a_forked_copy_of_the_supervising_process_holds_nobody_alive(
     supervisor: Supervisor,
 ) -> None:
-    supervisor.describe("folder", "float32")
+    supervisor.describe(ModelSource(folder="folder", dtype="float32"))
     read_fd, write_fd = os.pipe()
     child = os.fork()
     if child == 0:  # as multiprocessing does; it outlives the lifeline's owner
@@ -302,7 +303,11 @@ def test_a_forked_copy_of_the_supervising_process_holds_nobody_alive(
 
 
 def test_replicas_share_the_weights_of_one_zygote(supervisor: Supervisor) -> None:
-    before = _pss_bytes(supervisor.pids()) if supervisor.describe("folder", "float32") else 0
+    before = (
+        _pss_bytes(supervisor.pids())
+        if supervisor.describe(ModelSource(folder="folder", dtype="float32"))
+        else 0
+    )
     executors = start(supervisor, replica_spec("fake-100"), replica_spec("fake-100", dp=1))
     pages = (100 << 20) // 4096
     assert [token(executor, 0, READ_WEIGHTS) for executor in executors] == [pages, pages]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from spanwise.cli.engine_flags import EngineFlags, LimitFlags
-from spanwise.engine import launch
+from spanwise.engine import language_launch as launch
 from spanwise.engine.config import EngineConfig, engine_config
 from spanwise.errors import DeviceError, InputError
 from spanwise.types.worker import DeviceSpec, Quantization, ShardSpec
@@ -49,7 +49,7 @@ def test_other_devices_are_refused_before_anything_starts(
     said: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(launch, "parse_devices", lambda *_: devices)
+    monkeypatch.setattr(launch, "devices_for", lambda *_: devices)
     second = (8, 9) if CPU in devices else (8, 6)
     monkeypatch.setattr(launch.quantization, "cuda_capabilities", lambda: [(9, 0), second])
     with pytest.raises(DeviceError, match=said) as refused:

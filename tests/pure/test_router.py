@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections import Counter
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -306,3 +307,35 @@ def test_a_burst_on_one_replica_is_spread_and_then_comes_to_rest() -> None:
     assert num_moves < 30
     assert max(running) <= 12
     assert router.outstanding == tuple(10 * num for num in running)
+
+
+def test_an_idle_replica_takes_its_share_of_what_waits_but_no_more_than_it_has_places_for() -> None:
+    router = Router(3)
+    for is_there in (False, True):
+        router.set_available(1, is_there)
+        router.set_available(2, is_there)
+        for sequence_id in range(0 if is_there else 7):
+            assert router.assign(sequence_id, 1) == 0
+    waiting = ReplicaQueue(tuple(range(6, -1, -1)))
+
+    def taken(*idle: ReplicaQueue) -> Counter[int]:
+        moves = router.moves([waiting, *idle])
+        assert [move.source for move in moves] == [0] * len(moves)
+        assert [move.sequence_id for move in moves] == list(range(6, 6 - len(moves), -1))
+        return Counter(move.target for move in moves)
+
+    roomy, busy = ReplicaQueue((), 8), ReplicaQueue((), 0)
+    assert taken(roomy, busy) == {1: 4}
+    assert taken(roomy, roomy) == {1: 3, 2: 3}
+    assert taken(ReplicaQueue((), 2), busy) == {1: 2}
+
+
+def test_a_group_stays_together_while_its_replica_is_there() -> None:
+    router = Router(2)
+    first = router.assign(0, 5, group="camera")
+    router.assign(1, 1)
+    assert [router.assign(i, 9, group="camera") for i in (2, 3)] == [first, first]
+    router.set_available(first, False)
+    assert router.assign(4, 9, group="camera") == 1 - first
+    router.set_available(first, True)
+    assert router.assign(5, 9, group="camera") == 1 - first, "where its last one went"

@@ -237,7 +237,7 @@ class InstantExecutor:
 
 def test_the_engine_tells_when_results_come() -> None:
     config, executor = pipeline_config(2), InstantExecutor()
-    core = EngineCore([ReplicaHandle(TimedScheduler(config), executor)], config)
+    core = EngineCore([ReplicaHandle(TimedScheduler(config), executor)])
     core.add(SequenceRequest(sequence_id=1, prompt_token_ids=(1, 2, 3), max_tokens=4), 7)
     updates = core.feed(0.0)
     while core.num_in_flight:

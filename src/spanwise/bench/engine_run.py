@@ -17,7 +17,8 @@ from spanwise.bench.job import EngineJob, EngineResult, Load, LoadRun, RequestTi
 from spanwise.bench.lengths import LengthRange, Lengths
 from spanwise.engine.config import EngineConfig
 from spanwise.engine.core import EngineCore
-from spanwise.engine.launch import ReplicaHandle, Started, launch
+from spanwise.engine.language_launch import LanguageReplica, Started, launch
+from spanwise.engine.launch import ReplicaHandle
 from spanwise.errors import DeviceError, InputError
 from spanwise.scheduler.config import SchedulerConfig
 from spanwise.scheduler.request import SequenceRequest
@@ -67,14 +68,14 @@ class Driver:
 
     def __init__(
         self,
-        replicas: Sequence[ReplicaHandle],
+        replicas: Sequence[LanguageReplica],
         scheduling: SchedulerConfig,
         one_micro_batch: bool = False,
     ) -> None:
         if one_micro_batch:
             scheduling = msgspec.structs.replace(scheduling, num_micro_batches=1, max_in_flight=1)
             replicas = [ReplicaHandle(Scheduler(scheduling), each.executor) for each in replicas]
-        self._core = EngineCore(replicas, scheduling)
+        self._core = EngineCore(replicas)
         self._vocab_size = scheduling.vocab_size
         self._ids = count()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 
 import msgspec
@@ -10,17 +11,18 @@ from spanwise.control.prefixes import PrefixMemory
 
 # A match spares the sequence the wait for these tokens, and the replicas together the work.
 _MATCH_WEIGHT = 2
+_MOST_GROUPS = 1 << 14
 
 
 class ReplicaQueue(msgspec.Struct, frozen=True):
     """What one replica has waiting.
 
     ``waiting``: sequences of which no step has begun, in the order they would be withdrawn.
-    ``can_start``: whether one sequence more could begin with the next step.
+    ``num_places``: how many sequences more could begin with the next step.
     """
 
     waiting: tuple[int, ...] = ()
-    can_start: bool = False
+    num_places: int = 0
 
 
 class Move(msgspec.Struct, frozen=True, array_like=True):
@@ -72,14 +74,21 @@ class Router:
         self._available = [True] * num_replicas
         self._prefixes = [PrefixMemory(max_prefix_blocks) for _ in range(num_replicas)]
         self._placed: dict[int, _Placed] = {}
+        self._groups: OrderedDict[str, int] = OrderedDict()  # those not heard of for longest first
 
     @property
     def outstanding(self) -> tuple[int, ...]:
         """Per replica, the tokens its sequences may still need."""
         return tuple(self._outstanding)
 
-    def assign(self, sequence_id: int, num_tokens: int, prefix: Sequence[bytes] = ()) -> int:
-        """Choose a replica for a new sequence.
+    def assign(
+        self,
+        sequence_id: int,
+        num_tokens: int,
+        prefix: Sequence[bytes] = (),
+        group: str = "",
+    ) -> int:
+        """Choose a replica for a new sequence; one of a ``group`` goes where its last one went.
 
         ``prefix`` are the keys of the prompt's full blocks, each key standing for its block and
         all before it. Where no replica is available the sequence goes to one that is not, to wait.
@@ -89,6 +98,8 @@ class Router:
         replicas = range(len(self._outstanding))
         candidates = [r for r in replicas if self._available[r]] or replicas
         chosen = self._best(candidates, prefix)
+        if group:
+            chosen = self._with_group(group, candidates, chosen)
         self._put(sequence_id, chosen, num_tokens, tuple(prefix), frozenset())
         return chosen
 
@@ -113,26 +124,30 @@ class Router:
     def moves(self, queues: Sequence[ReplicaQueue]) -> list[Move]:
         """Decide which waiting sequences move to idle replicas; carry each out, then ``move`` it.
 
-        ``queues`` has one entry for each replica. Idle is an available replica that could start a
-        sequence and has none waiting; it gets one at most, ask again for more. Replicas that are
+        ``queues`` has one entry for each replica. Idle is an available replica that could start
+        sequences and has none waiting; it gets at most as many, of each replica no more than leave
+        as many there and for every other idle one; ask again for more. Replicas that are
         out give first, then those with the most outstanding, and keep what they could start
         themselves. A sequence stays where what is before it is less than twice the match it would
         lose, and never goes back to a replica it was moved away from, unless its own is out.
         """
-        idle = [r for r, queue in enumerate(queues) if self._is_idle(r, queue)]
+        idle = [r for r, q in enumerate(queues) if self._is_idle(r, q) for _ in range(q.num_places)]
         donors = [r for r, queue in enumerate(queues) if queue.waiting]
         donors.sort(key=lambda r: (self._available[r], -self._outstanding[r]))
         moves = []
         for source in donors:
-            load = self._outstanding[source]
-            for sequence_id in self._spare(source, queues[source]):
+            load, spare = self._outstanding[source], self._spare(source, queues[source])
+            share, taken = -(-len(spare) // (len(set(idle)) + 1)), Counter[int]()
+            for sequence_id in spare:
                 placed = self._placed[sequence_id]
                 assert placed.replica == source, f"sequence {sequence_id} waits somewhere else"
-                targets = [r for r in idle if self._gains(placed, load, r)]
+                near = [r for r in sorted(set(idle)) if taken[r] < share]
+                targets = [r for r in near if self._gains(placed, load, r)]
                 if targets:
                     target = self._best(targets, placed.prefix)
                     moves.append(Move(sequence_id, source, target))
                     idle.remove(target)
+                    taken[target] += 1
                     load -= placed.cost
         return moves
 
@@ -143,6 +158,13 @@ class Router:
         self.release(sequence_id)
         left = placed.left | {placed.replica}
         self._put(sequence_id, target, placed.num_tokens, placed.prefix, left)
+
+    def _with_group(self, group: str, candidates: Sequence[int], otherwise: int) -> int:
+        last = self._groups.pop(group, otherwise)
+        self._groups[group] = chosen = last if last in candidates else otherwise
+        if len(self._groups) > _MOST_GROUPS:
+            self._groups.popitem(last=False)
+        return chosen
 
     def _put(
         self,
@@ -168,11 +190,11 @@ class Router:
         return min(replicas, key=rank)
 
     def _is_idle(self, replica: int, queue: ReplicaQueue) -> bool:
-        return self._available[replica] and queue.can_start and not queue.waiting
+        return self._available[replica] and queue.num_places > 0 and not queue.waiting
 
     def _spare(self, replica: int, queue: ReplicaQueue) -> tuple[int, ...]:
-        starts_one = self._available[replica] and queue.can_start
-        return queue.waiting[: len(queue.waiting) - starts_one]
+        own = queue.num_places if self._available[replica] else 0
+        return queue.waiting[: max(len(queue.waiting) - own, 0)]
 
     def _gains(self, placed: _Placed, load: int, target: int) -> bool:
         """Whether a sequence at a replica with ``load`` tokens outstanding is better off there."""

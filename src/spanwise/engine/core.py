@@ -5,18 +5,16 @@ from __future__ import annotations
 import selectors
 import time
 from collections.abc import Callable, Sequence
+from typing import Generic
 
 from spanwise.control.router import ReplicaQueue, Router
 from spanwise.engine.launch import ReplicaHandle
-from spanwise.scheduler.config import SchedulerConfig
-from spanwise.scheduler.key_chain import KeyChain, horizon
-from spanwise.scheduler.limit import length_limit
-from spanwise.scheduler.request import SequenceRequest
+from spanwise.scheduler.policy import RequestType
 from spanwise.scheduler.update import SequenceUpdate
 from spanwise.types.plan import StepPlan, StepResult
 
 
-class EngineCore:
+class EngineCore(Generic[RequestType]):
     """Feeds every replica and gathers what comes back; knows tokens, no text.
 
     For one thread at a time. What a replica raises, its methods raise.
@@ -24,17 +22,15 @@ class EngineCore:
 
     def __init__(
         self,
-        replicas: Sequence[ReplicaHandle],
-        scheduling: SchedulerConfig,
+        replicas: Sequence[ReplicaHandle[RequestType]],
         planned: Callable[[int, StepPlan, float], None] = lambda replica, plan, now_s: None,
     ) -> None:
         """``planned(replica, plan, now_s)`` is told of every step before it is submitted."""
         self.replicas = tuple(replicas)
         self._planned = planned
-        self._scheduling = scheduling
-        self._router = Router(len(replicas), scheduling.cache.block_size)
+        self._router = Router(len(replicas), self.replicas[0].scheduler.block_size)
         # Those whose sequences have changed since they were last fed; results feed theirs at once.
-        self._changed: set[ReplicaHandle] = set()
+        self._changed: set[ReplicaHandle[RequestType]] = set()
         self._selector = selectors.DefaultSelector()
         for replica in self.replicas:
             self._selector.register(replica.executor.fileno(), selectors.EVENT_READ, replica)
@@ -53,16 +49,18 @@ class EngineCore:
     @property
     def num_seats(self) -> int:
         """How many sequences all replicas together may run at once."""
-        return len(self.replicas) * self._scheduling.max_num_seqs
+        return sum(replica.scheduler.num_seats for replica in self.replicas)
 
-    def add(self, request: SequenceRequest, num_tokens: int) -> int:
+    def add(self, request: RequestType, num_tokens: int) -> int:
         """Queue a sequence that may need so many tokens; give the replica it waits at for now.
 
         ``sequence_id`` is never used twice. Raises InputError if it could never run.
         """
-        length_limit(request, self._scheduling)
-        prefix = self._prefix(request) if len(self.replicas) > 1 else []
-        replica = self._router.assign(request.sequence_id, num_tokens, prefix)
+        scheduler = self.replicas[0].scheduler
+        scheduler.check(request)
+        prefix = scheduler.prefix_keys(request) if len(self.replicas) > 1 else []
+        group = scheduler.group_of(request)
+        replica = self._router.assign(request.sequence_id, num_tokens, prefix, group)
         try:
             self.replicas[replica].scheduler.add(request)
         except BaseException:
@@ -106,7 +104,7 @@ class EngineCore:
         ready = [key.data for key, _ in self._selector.select()]
         return [update for replica in ready for update in self.collect(replica)]
 
-    def collect(self, replica: ReplicaHandle) -> list[SequenceUpdate]:
+    def collect(self, replica: ReplicaHandle[RequestType]) -> list[SequenceUpdate]:
         """Give what the results that have come from one replica bring."""
         return self._accept(replica, replica.executor.results())
 
@@ -115,7 +113,7 @@ class EngineCore:
         self._selector.close()
 
     def _accept(
-        self, replica: ReplicaHandle, results: Sequence[StepResult]
+        self, replica: ReplicaHandle[RequestType], results: Sequence[StepResult]
     ) -> list[SequenceUpdate]:
         brought: list[SequenceUpdate] = []
         for result in results:
@@ -130,7 +128,7 @@ class EngineCore:
             self._level(time.monotonic())
         return brought
 
-    def _feed(self, replica: ReplicaHandle, now_s: float) -> None:
+    def _feed(self, replica: ReplicaHandle[RequestType], now_s: float) -> None:
         while (plan := replica.scheduler.next_plan(now_s)) is not None:
             self._planned(self.replicas.index(replica), plan, now_s)
             replica.executor.submit(plan)
@@ -138,21 +136,16 @@ class EngineCore:
     def _level(self, now_s: float) -> None:
         """Move sequences that wait at a busy replica to one that has nothing waiting."""
         schedulers = [replica.scheduler for replica in self.replicas]
-        if len(schedulers) == 1 or not any(each.num_waiting for each in schedulers):
+        waiting = [each.num_waiting > 0 for each in schedulers]
+        if all(waiting) or not any(waiting):
             return
-        queues = [ReplicaQueue(tuple(s.withdrawable()), s.can_start) for s in schedulers]
+        targets: dict[int, ReplicaHandle[RequestType]] = {}
+        queues = [ReplicaQueue(tuple(s.withdrawable()), s.num_places) for s in schedulers]
         for move in self._router.moves(queues):
             request = schedulers[move.source].withdraw(move.sequence_id)
             assert request is not None, "a sequence that has begun was to be moved"
             self._router.move(move.sequence_id, move.target)
             schedulers[move.target].add(request)
-            self._feed(self.replicas[move.target], now_s)
-
-    def _prefix(self, request: SequenceRequest) -> list[bytes]:
-        """The keys of the prompt's full blocks, as the replicas' caches know them."""
-        tokens, config = request.prompt_token_ids, self._scheduling
-        if not config.prefix_caching:
-            return []
-        bound = horizon(len(tokens), config.recompute_lengths)
-        chain = KeyChain(request.cache_salt, bound, config.cache.block_size)
-        return chain.keys(tokens, 0, len(tokens) // config.cache.block_size)
+            targets[move.target] = self.replicas[move.target]
+        for replica in targets.values():
+            self._feed(replica, now_s)

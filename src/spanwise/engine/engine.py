@@ -20,7 +20,7 @@ class Engine:
 
     def __init__(
         self,
-        core: EngineCore,
+        core: EngineCore[SequenceRequest],
         tokenizer: Tokenizer,
         defaults: SamplingDefaults,
         vocab_size: int,

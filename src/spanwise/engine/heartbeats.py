@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from spanwise.engine.launch import DeviceUse, ReplicaHandle
 from spanwise.types.serving import DeviceStats, EngineHealth, RankHealth
@@ -21,7 +22,10 @@ class Heartbeats:
     """
 
     def __init__(
-        self, replicas: Sequence[ReplicaHandle], uses: Sequence[DeviceUse], silent_after_s: float
+        self,
+        replicas: Sequence[ReplicaHandle[Any]],
+        uses: Sequence[DeviceUse],
+        silent_after_s: float,
     ) -> None:
         executors = [replica.executor for replica in replicas]
         self._executors = [each for each in executors if isinstance(each, LocalProcessExecutor)]

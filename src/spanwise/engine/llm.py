@@ -13,12 +13,14 @@ from spanwise.engine.config import OFFLINE_STEP_TOKENS, engine_config
 from spanwise.engine.core import EngineCore
 from spanwise.engine.engine import Engine
 from spanwise.engine.grammar import GrammarChecker
-from spanwise.engine.launch import EnginePlan, Started, launch
+from spanwise.engine.language_launch import Started, launch
+from spanwise.engine.launch import EnginePlan
 from spanwise.engine.prompt import Prompt, read_prompt
 from spanwise.engine.sampling_defaults import read_defaults
 from spanwise.engine.tokenizer import Tokenizer
 from spanwise.errors import EngineError, InputError
 from spanwise.model.folder import read_config, read_generation_config, resolve_model
+from spanwise.scheduler.request import SequenceRequest
 from spanwise.types.outputs import RequestOutput
 from spanwise.types.sampling import SamplingParams
 from spanwise.types.worker import Quantization
@@ -98,7 +100,7 @@ class LLM:
             config, folder, progress or (lambda _: None), supervisor, self._tokenizer.start
         )
         # Also when the LLM is forgotten, or the script ends, without a shutdown.
-        core = EngineCore(self._started.replicas, self._started.scheduling)
+        core = EngineCore(self._started.replicas)
         self._grammars = GrammarChecker(folder)
         self._close = weakref.finalize(
             self, _close_in, os.getpid(), core, self._started, self._grammars
@@ -233,7 +235,9 @@ class LLM:
             raise
 
 
-def _close_in(pid: int, core: EngineCore, started: Started, grammars: GrammarChecker) -> None:
+def _close_in(
+    pid: int, core: EngineCore[SequenceRequest], started: Started, grammars: GrammarChecker
+) -> None:
     """Close in the process that started; a fork of it owns nothing."""
     if os.getpid() == pid:
         core.close()

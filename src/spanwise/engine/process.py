@@ -22,7 +22,7 @@ from spanwise.engine.core import EngineCore
 from spanwise.engine.fronts import FrontPort, Fronts
 from spanwise.engine.heartbeats import Heartbeats
 from spanwise.engine.journal_log import JournalLog
-from spanwise.engine.launch import ReplicaHandle, Started
+from spanwise.engine.language_launch import LanguageReplica, Started
 from spanwise.engine.messages import (
     AddFront,
     AskHealth,
@@ -38,6 +38,7 @@ from spanwise.engine.requests import Requests
 from spanwise.engine.start import Start
 from spanwise.engine.telemetry import Telemetry
 from spanwise.errors import EngineError, SpanwiseError
+from spanwise.scheduler.request import SequenceRequest
 from spanwise.types.serving import CacheInfo, EngineHealth, EngineStats
 from spanwise.worker.channel import Channel, ChannelClosed
 from spanwise.worker.failure import failure_of
@@ -50,7 +51,7 @@ class _Running:
     """The parts of an engine that runs."""
 
     started: Started
-    core: EngineCore
+    core: EngineCore[SequenceRequest]
     heartbeats: Heartbeats
 
 
@@ -117,7 +118,7 @@ class EngineServer:
             self._fronts.add(socket.socket(fileno=fd))
 
     def _begin(self, started: Started, told: Running) -> None:
-        core = EngineCore(started.replicas, started.scheduling, self._telemetry.planned)
+        core = EngineCore(started.replicas, self._telemetry.planned)
         ranks, silent_after_s = started.plan.ranks, self._config.silent_after_s
         heartbeats = Heartbeats(started.replicas, ranks, silent_after_s)
         self._running = _Running(started, core, heartbeats)
@@ -156,7 +157,7 @@ class EngineServer:
 
     # -- what replicas bring ---------------------------------------------------------------------
 
-    def _collect(self, replica: ReplicaHandle) -> None:
+    def _collect(self, replica: LanguageReplica) -> None:
         if self._running is not None:
             core = self._running.core
             self._guarded(lambda: self._requests.bring(core.collect(replica)))

@@ -89,10 +89,10 @@ class Requests:
         self._readers: dict[tuple[FrontPort, int], _Reader] = {}
         self._request_of: dict[int, _Request] = {}
         self._numbers, self._sequence_ids = count(), count()
-        self._core: EngineCore | None = None
+        self._core: EngineCore[SequenceRequest] | None = None
         self._max_model_len = 0
 
-    def begin(self, core: EngineCore, max_model_len: int) -> None:
+    def begin(self, core: EngineCore[SequenceRequest], max_model_len: int) -> None:
         """Requests are taken from now on."""
         self._core, self._max_model_len = core, max_model_len
         self._admission.num_seats = core.num_seats
@@ -216,7 +216,7 @@ class Requests:
         for other in [other for other in request.readers if not other.follows]:
             self._bind(other)
 
-    def _add(self, request: _Request, wanted: Submit, core: EngineCore) -> None:
+    def _add(self, request: _Request, wanted: Submit, core: EngineCore[SequenceRequest]) -> None:
         """Queue every choice. Raises InputError where one could never run."""
         num_prompt = len(wanted.prompt_token_ids)
         room = max(self._max_model_len - num_prompt, 0)

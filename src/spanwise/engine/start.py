@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 
 from spanwise.engine.config import EngineConfig
-from spanwise.engine.launch import Started, launch
+from spanwise.engine.language_launch import Started, launch
 from spanwise.engine.messages import Located, Phase, Running, ToFront
 from spanwise.engine.sampling_defaults import read_defaults
 from spanwise.errors import SpanwiseError

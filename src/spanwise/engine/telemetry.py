@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
-from spanwise.scheduler.scheduler import Scheduler
+from spanwise.scheduler.policy import Policy
+from spanwise.scheduler.request import SequenceRequest
 from spanwise.scheduler.stats import EndReason
 from spanwise.scheduler.update import SequenceUpdate
 from spanwise.types.outputs import FinishReason
@@ -148,7 +149,7 @@ class Telemetry:
             for name, value in _lengths(sequence, now_s):
                 counts.observed[name].add(value)
 
-    def stats(self, schedulers: Sequence[Scheduler]) -> EngineStats:
+    def stats(self, schedulers: Sequence[Policy[SequenceRequest]]) -> EngineStats:
         """Everything as it stands, one scheduler to a replica; devices are for others to add."""
         replicas = tuple(self._replica(*each) for each in enumerate(schedulers))
         return EngineStats(replicas=replicas, num_refused=self._num_refused)
@@ -161,10 +162,10 @@ class Telemetry:
         if update.token_ids:
             counts.observed["time_to_first_token_seconds"].add(now_s - sequence.arrived_s)
 
-    def _replica(self, number: int, scheduler: Scheduler) -> ReplicaStats:
+    def _replica(self, number: int, scheduler: Policy[SequenceRequest]) -> ReplicaStats:
         stats, counts = scheduler.stats, self._counts[number]
         groups = zip(stats.used_blocks, stats.total_blocks, strict=True)
-        used, total = max(groups, key=lambda group: group[0] / group[1])
+        used, total = max(groups, key=lambda group: group[0] / group[1], default=(0, 0))
         return ReplicaStats(
             num_running=stats.num_running,
             num_waiting=stats.num_waiting,

@@ -139,4 +139,4 @@ def _stages(pp_layers: tuple[int, ...] | None, pp: int, facts: ModelFacts) -> tu
     loads = [0] * pp
     loads[0] += facts.first_bytes
     loads[-1] += facts.last_bytes
-    return split_by_weight(facts.layer_bytes, pp, loads)
+    return split_by_weight(facts.layer_costs_s or facts.layer_bytes, pp, loads)

@@ -49,7 +49,7 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMod
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise ModelError(
             f"model_type {config.model_type!r} is not a causal language model of transformers; "
-            "only decoder-only language models are supported yet"
+            "other models are run by spanwise.Model (see docs/any_model.md)"
         )
     try:
         with torch.device("meta"):

@@ -42,6 +42,13 @@ def resolve_model(name: str, progress: bool = True) -> Path:
     return _fetch(name, progress)
 
 
+def is_factory(model: str) -> bool:
+    """Whether a model is given as ``module:factory``."""
+    module, colon, name = model.partition(":")
+    dotted = all(part.isidentifier() for part in (*module.split("."), *name.split(".")))
+    return bool(colon) and dotted and not Path(model).exists()
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The model's config.json. Raises ModelError where it is absent, broken or refused."""
     if not folder.is_dir():

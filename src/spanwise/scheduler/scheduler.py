@@ -14,6 +14,7 @@ from spanwise.scheduler.blocks import BlockPool
 from spanwise.scheduler.config import SchedulerConfig
 from spanwise.scheduler.deadlines import Deadlines
 from spanwise.scheduler.draft import Draft
+from spanwise.scheduler.key_chain import KeyChain, horizon
 from spanwise.scheduler.limit import length_limit
 from spanwise.scheduler.queue import WaitingQueue
 from spanwise.scheduler.request import SequenceRequest
@@ -93,10 +94,25 @@ class Scheduler:
         return tuple(pool.num_used for pool in self._pools)
 
     @property
+    def num_seats(self) -> int:
+        """How many sequences may run at once."""
+        return self._config.max_num_seqs
+
+    @property
+    def block_size(self) -> int:
+        """The tokens of a block, for each of which ``prefix_keys`` has a key."""
+        return self._config.cache.block_size
+
+    @property
     def can_start(self) -> bool:
         """Whether there is a place for one sequence more, and blocks for a short one."""
         has_seat = len(self._running) < self._config.max_num_seqs and not self._gate.batch
         return has_seat and all(pool.num_free > self._margin(pool) for pool in self._pools)
+
+    @property
+    def num_places(self) -> int:
+        """How many sequences more are sure to begin with the next step: one, or none."""
+        return int(self.can_start)
 
     @property
     def wake_at_s(self) -> float | None:
@@ -115,6 +131,23 @@ class Scheduler:
             total_blocks=tuple(pool.num_blocks for pool in self._pools),
             **asdict(self._tally),
         )
+
+    def check(self, request: SequenceRequest) -> None:
+        """Raise InputError for a sequence that could never run here."""
+        length_limit(request, self._config)
+
+    def group_of(self, request: SequenceRequest) -> str:
+        """None belong together, but by their prefixes."""
+        return ""
+
+    def prefix_keys(self, request: SequenceRequest) -> list[bytes]:
+        """The keys of the prompt's full blocks, as every replica's cache knows them."""
+        tokens, config = request.prompt_token_ids, self._config
+        if not config.prefix_caching:
+            return []
+        bound = horizon(len(tokens), config.recompute_lengths)
+        chain = KeyChain(request.cache_salt, bound, self.block_size)
+        return chain.keys(tokens, 0, len(tokens) // self.block_size)
 
     def add(self, request: SequenceRequest) -> None:
         """Queue a sequence. Raises InputError if it could never run here."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from spanwise.types.forward import TensorData
 from spanwise.types.outputs import FinishReason
 from spanwise.types.plan import TokenLogprobs
 
@@ -23,6 +24,8 @@ class SequenceUpdate(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     pooled: tuple[float, ...] | None = None
+    outputs: tuple[TensorData, ...] | None = None
+    error: str = ""
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
     num_cached_tokens: int = 0

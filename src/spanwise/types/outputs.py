@@ -8,8 +8,9 @@ import msgspec
 
 from spanwise.types.plan import TokenLogprobs
 
-FinishReason = Literal["stop", "length", "deadline"]
-"""``deadline``: the request's time was up before it had its first step."""
+FinishReason = Literal["stop", "length", "deadline", "superseded", "error"]
+"""``deadline``: the request's time was up before it had its first step. ``superseded``: a newer
+item of the same stream came before that. ``error``: the model could not compute the item."""
 
 
 class CompletionOutput(msgspec.Struct, frozen=True, kw_only=True):

@@ -13,9 +13,10 @@ from typing import Literal
 
 import msgspec
 
+from spanwise.types.forward import TensorData
 from spanwise.types.sampling import SamplingSpec
 
-TaskKind = Literal["generate", "pool_last", "pool_mean"]
+TaskKind = Literal["generate", "pool_last", "pool_mean", "forward"]
 
 
 class NewSequence(msgspec.Struct, frozen=True, array_like=True):
@@ -23,7 +24,8 @@ class NewSequence(msgspec.Struct, frozen=True, array_like=True):
 
     ``token_ids`` are the prompt and every token accepted so far; the first ``num_prompt`` are the
     prompt. Instead of a token, ``pool_last`` sequences give the last position's hidden state, and
-    ``pool_mean`` sequences the mean over all positions.
+    ``pool_mean`` sequences the mean over all positions. A ``forward`` item has no tokens but
+    ``inputs``; it is computed by one row, and known no more after that step.
     """
 
     sequence_id: int
@@ -31,6 +33,7 @@ class NewSequence(msgspec.Struct, frozen=True, array_like=True):
     num_prompt: int
     sampling: SamplingSpec
     task: TaskKind = "generate"
+    inputs: tuple[TensorData, ...] = ()
 
 
 class Row(msgspec.Struct, frozen=True, array_like=True):
@@ -89,7 +92,8 @@ class Sampled(msgspec.Struct, frozen=True, array_like=True):
     """What one row gave. ``token_id`` is -1 where nothing was drawn.
 
     ``prompt_logprobs`` belong to the prompt positions ``start + 1`` to ``start + count`` (as far as
-    they are prompt) of the row; ``pooled`` is the hidden state of a pooling sequence.
+    they are prompt) of the row; ``pooled`` is the hidden state of a pooling sequence, ``outputs``
+    are what a forward item gave, ``error`` is why its batch could not be computed.
     """
 
     sequence_id: int
@@ -97,6 +101,8 @@ class Sampled(msgspec.Struct, frozen=True, array_like=True):
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     pooled: tuple[float, ...] | None = None
+    outputs: tuple[TensorData, ...] | None = None
+    error: str = ""
 
 
 class LaneResult(msgspec.Struct, frozen=True, array_like=True):

@@ -7,8 +7,11 @@ from typing import Literal
 import msgspec
 
 from spanwise.types.cache import CacheLayout, LayerCache
+from spanwise.types.forward import TensorData
 
 Quantization = Literal["int8", "fp8"]
+ModelTask = Literal["generate", "forward"]
+"""What a model is run for: tokens, one after the other, or one forward an item."""
 
 
 class DeviceSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,6 +48,9 @@ class ShardSpec(msgspec.Struct, frozen=True, kw_only=True):
     the ``tp_rank``-th of ``tp_size`` shares; ``expert_parallel`` gives whole experts instead of
     slices of each. ``dtype`` is a torch name ("float32"); ``quantization`` says how the linears of
     the layers are stored and multiplied instead, None as they are.
+
+    Of a model that is run by one ``forward`` the layers are the pieces it comes apart into when it
+    is run on the ``example``, one item's inputs; ``folder`` may be a ``module:factory`` then.
     """
 
     folder: str
@@ -58,6 +64,8 @@ class ShardSpec(msgspec.Struct, frozen=True, kw_only=True):
     tp_size: int = 1
     expert_parallel: bool = False
     quantization: Quantization | None = None
+    task: ModelTask = "generate"
+    example: tuple[TensorData, ...] = ()
 
     @property
     def is_first(self) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import msgspec
 
-from spanwise.types.model import ModelFacts
+from spanwise.types.model import ModelFacts, ModelSource
 from spanwise.types.worker import ShardInfo, ShardSpec
 from spanwise.worker.messages import Failed
 from spanwise.worker.replica import ReplicaSpec
@@ -16,8 +16,7 @@ from spanwise.worker.replica import ReplicaSpec
 class DescribeModel(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Answered by ``ModelDescribed``."""
 
-    folder: str
-    dtype: str
+    source: ModelSource
 
 
 class DescribeShards(msgspec.Struct, frozen=True, array_like=True, tag=True):

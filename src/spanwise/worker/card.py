@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 
 from spanwise.device.memory import allocate_arena, place, synchronize
-from spanwise.model.shard import Shard, load_shard
+from spanwise.model.load import load_shard
 from spanwise.types.worker import WorkerSpec
+from spanwise.worker.entries import LoadedShard
 
 
-def start_on_card(spec: WorkerSpec, arena_bytes: int) -> tuple[Shard, torch.Tensor]:
+def start_on_card(spec: WorkerSpec, arena_bytes: int) -> tuple[LoadedShard, torch.Tensor]:
     """Take the card, load the shard there, and make its arena. Raises DeviceError, ModelError."""
     device = place(spec.device)
     shard = load_shard(spec.shard, device)

@@ -31,20 +31,20 @@ class StepRunner(Protocol):
 class Entries(msgspec.Struct, frozen=True, kw_only=True):
     """``module:name`` of each thing the processes call; the real ones unless a test says otherwise.
 
-    ``describe(folder, dtype)``, ``describe_shard(shard_spec)``, ``load(shard_spec)``,
+    ``describe(source)``, ``describe_shard(shard_spec)``, ``load(shard_spec)``,
     ``card(worker_spec, arena_bytes)`` (a shard and an arena), ``store(listener)``,
     ``comm(segment_fd, worker_spec, may_spin)``, ``runner(shard, worker_spec, comm, arena)``,
     ``memory(device_spec)`` (bytes in use and in all).
     ``preload`` is imported once, in the fork server.
     """
 
-    describe: str = "spanwise.model.facts:describe"
-    describe_shard: str = "spanwise.model.shard:describe_shard"
-    load: str = "spanwise.model.shard:load_shard"
+    describe: str = "spanwise.model.load:describe"
+    describe_shard: str = "spanwise.model.load:describe_shard"
+    load: str = "spanwise.model.load:load_shard"
     card: str = "spanwise.worker.card:start_on_card"
     store: str = "spanwise.comm.nccl:serve_store"
     comm: str = "spanwise.worker.rank_comm:open_comm"
-    runner: str = "spanwise.runner.runner:Runner"
+    runner: str = "spanwise.runner.start:start_runner"
     memory: str = "spanwise.device.memory:memory_use"
     preload: tuple[str, ...] = ("torch", "transformers")
 

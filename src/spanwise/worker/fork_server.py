@@ -63,8 +63,8 @@ def main(channel_fd: int, lifeline_fd: int, entries: Entries) -> None:
 def _run_job(entries: Entries, job: Job, channel: Channel[Command], fds: Sequence[int]) -> None:
     match job:
         case Describe():
-            with reported(channel, lambda: f"describing {job.folder}"):
-                facts = resolve(entries.describe)(job.folder, job.dtype)
+            with reported(channel, lambda: f"describing {job.source.folder}"):
+                facts = resolve(entries.describe)(job.source)
                 channel.send(Described(facts))
         case DescribeShard():
             with reported(channel, lambda: f"describing {shard_name(job.spec)}"):

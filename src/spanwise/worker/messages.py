@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import msgspec
 
-from spanwise.types.model import ModelFacts
+from spanwise.types.model import ModelFacts, ModelSource
 from spanwise.types.plan import StepPlan, StepResult
 from spanwise.types.worker import DeviceReading, ShardInfo, ShardSpec, WorkerSpec
 
@@ -15,8 +15,7 @@ from spanwise.types.worker import DeviceReading, ShardInfo, ShardSpec, WorkerSpe
 class Describe(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Fork a child that answers ``Described`` and ends. Comes with its channel."""
 
-    folder: str
-    dtype: str
+    source: ModelSource
 
 
 class DescribeShard(msgspec.Struct, frozen=True, array_like=True, tag=True):

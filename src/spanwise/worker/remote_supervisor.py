@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from spanwise.errors import EngineError
-from spanwise.types.model import ModelFacts
+from spanwise.types.model import ModelFacts, ModelSource
 from spanwise.types.worker import ShardInfo, ShardSpec
 from spanwise.worker.calls import (
     Call,
@@ -81,9 +81,9 @@ class RemoteSupervisor:
     def __init__(self, sock: socket.socket) -> None:
         self._channel: Channel[CallReply] = Channel(sock, CallReply)
 
-    def describe(self, folder: str, dtype: str) -> ModelFacts:
+    def describe(self, source: ModelSource) -> ModelFacts:
         """Give a model's facts. Raises ModelError."""
-        return self._ask(DescribeModel(folder, dtype), ModelDescribed).facts
+        return self._ask(DescribeModel(source), ModelDescribed).facts
 
     def describe_shards(self, shards: Sequence[ShardSpec]) -> list[ShardInfo]:
         """Say what each shard will hold, without loading it. Raises ModelError."""

@@ -17,7 +17,7 @@ import msgspec
 
 from spanwise.comm.store import listen_on_loopback
 from spanwise.errors import DeviceError, WorkerError
-from spanwise.types.model import ModelFacts
+from spanwise.types.model import ModelFacts, ModelSource
 from spanwise.types.worker import ShardInfo, ShardSpec, WorkerSpec
 from spanwise.worker.channel import Channel, ChannelClosed
 from spanwise.worker.entries import Entries
@@ -75,10 +75,10 @@ class Supervisor:
         self._lifeline = Lifeline()
         self._popen, self._server = self._start(entries or Entries())
 
-    def describe(self, folder: str, dtype: str) -> ModelFacts:
+    def describe(self, source: ModelSource) -> ModelFacts:
         """Give a model's facts. Raises ModelError."""
-        job = Describe(folder, dtype)
-        (described,) = self._ask([(f"the process describing {folder}", job)], Described)
+        name, job = f"the process describing {source.folder}", Describe(source)
+        (described,) = self._ask([(name, job)], Described)
         return described.facts
 
     def describe_shards(self, shards: Sequence[ShardSpec]) -> list[ShardInfo]:

@@ -62,7 +62,7 @@ class SupervisorService:
         supervisor = self._supervisor
         match call:
             case DescribeModel():
-                return ModelDescribed(supervisor.describe(call.folder, call.dtype))
+                return ModelDescribed(supervisor.describe(call.source))
             case DescribeShards():
                 return Shards(tuple(supervisor.describe_shards(call.specs)))
             case LoadShards():
