@@ -78,6 +78,22 @@ class Choosing(nn.Module):
         return x
 
 
+class Picky(nn.Module):
+    """Checks what it is given, and takes more if it gets it."""
+
+    def forward(
+        self, x: torch.Tensor, extra: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        assert float(x.abs().max()) < 100, "too large"
+        y = x * 2
+        return {"y": y if extra is None else y + extra, "odd": y.to(torch.float8_e4m3fn)}
+
+
+def picky() -> nn.Module:
+    """No weights at all."""
+    return Picky().eval()
+
+
 def _drawn(module: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():

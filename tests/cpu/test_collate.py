@@ -7,7 +7,7 @@ from collections import deque
 import pytest
 import torch
 
-from spanwise.errors import InputError
+from spanwise.errors import InputError, ModelError
 from spanwise.model.carried import Carried
 from spanwise.model.tensor_data import from_tensor, to_tensor
 from spanwise.runner.collate import Batch, collate, outputs_of
@@ -122,3 +122,13 @@ def test_what_passes_between_stages_comes_as_it_was() -> None:
     send(line, Failure("sizes 3 and 4 — no"), cpu)
     assert receive(line, cpu) == Failure("sizes 3 and 4 — no")
     assert not line.sent
+
+
+def test_an_output_of_an_unexpected_length_is_whole_where_nothing_was_filled_up() -> None:
+    states = [torch.randn(2, 9, 3)]
+    alike = Batch(("input_ids",), (torch.zeros(2, 4),), (4, 4), 4)
+    first, _ = outputs_of(alike, ["states"], states, lambda *_: lambda n: n)
+    assert first[0].shape == (9, 3)
+    filled = Batch(("input_ids",), (torch.zeros(2, 4),), (4, 2), 4)
+    with pytest.raises(ModelError, match="'states' has 9 entries"):
+        outputs_of(filled, ["states"], states, lambda *_: lambda n: n)

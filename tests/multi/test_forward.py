@@ -339,3 +339,39 @@ def test_a_mapping_is_an_item_too() -> None:
     item: Item = {"features": torch.zeros(10)}
     with Model("tests.forward_modules:residual_mlp") as model:
         assert model(item)["output"].shape == (3,)
+
+
+def test_what_a_module_asserts_fails_its_item_alone(supervisor: Supervisor) -> None:
+    with Model("tests.forward_modules:picky", devices="cpu:2", supervisor=supervisor) as model:
+        futures = [model.submit(torch.full((3,), value)) for value in (1.0, 200.0, 2.0)]
+        with pytest.raises(ItemError, match="too large"):
+            futures[1].result(20)
+        # float8 is none of numpy's dtypes
+        for future in (futures[0], futures[2]):
+            with pytest.raises(ItemError, match="arrays"):
+                future.result(20)
+
+
+def test_inputs_that_a_stage_was_cut_for_are_not_optional(supervisor: Supervisor) -> None:
+    with Model(
+        "tests.forward_modules:residual_mlp",
+        devices="cpu:2",
+        pipeline_parallel_size=2,
+        supervisor=supervisor,
+    ) as model:
+        with pytest.raises(InputError, match="'features' is missing"):
+            model.submit({})
+        with pytest.raises(InputError, match=r"item 1: .*\[11\]"):
+            model.map([torch.zeros(10), torch.zeros(11)])
+        assert model(torch.zeros(10))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"deadline_ms": float("inf")}, {"deadline_ms": float("nan")}, {"priority": "high"},
+     {"stream": ["a"]}],
+)  # fmt: skip
+def test_what_cannot_be_waited_for_is_refused(mlp: Model, options: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
+        mlp.submit(torch.zeros(10), **options)
+    assert mlp.submit(torch.zeros(10), deadline_ms=1e11).result(20), "a deadline in three years"

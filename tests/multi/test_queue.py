@@ -144,3 +144,33 @@ def test_what_cannot_be_is_refused() -> None:
         assert queue.submit(pow, 2, 3, needs="cpu").result(5) == 8
     with pytest.raises(InputError, match="max_pending"):
         Queue("cpu:1", max_pending=0)
+
+
+def test_what_fails_after_the_last_was_submitted_is_tried_elsewhere_all_the_same() -> None:
+    idle = threading.Event()
+
+    def work(device: str) -> str:
+        if device == "cpu:0":
+            idle.wait(5)
+            raise OSError("broken")
+        return device
+
+    with Queue("cpu:2") as queue:
+        future = queue.submit(work, needs="cpu:0", retries=0)
+        other = queue.submit(work, retries=3)
+        threading.Timer(0.2, idle.set).start()
+    assert isinstance(future.exception(0), OSError)
+    assert other.result(0) == "cpu:1"
+
+
+def test_a_call_may_submit_to_a_queue_that_is_full() -> None:
+    with Queue("cpu:1", max_pending=1) as queue:
+        outer = queue.submit(lambda: queue.submit(pow, 2, 4))
+        assert outer.result(10).result(10) == 16
+
+
+def test_a_deadline_must_be_a_number() -> None:
+    with Queue("cpu:1") as queue:
+        with pytest.raises(InputError, match="deadline_ms"):
+            queue.submit(pow, 2, 2, deadline_ms=float("inf"))
+        assert queue.submit(pow, 2, 2, deadline_ms=1e12).result(5) == 4

@@ -100,3 +100,8 @@ def test_bfloat16_comes_as_float32() -> None:
     got = to_arrays([TensorData("x", "bfloat16", (3,), bits.tobytes())])["x"]
     assert got.dtype == np.float32 and got.tolist() == [1.0, -3.0, 0.0]
     got[0] = 5  # the caller's own
+
+
+def test_bytes_in_another_order_are_turned() -> None:
+    (read,) = Items([InputSpec(name="x")]).read(np.array([0.0, 1.0, 2.5], ">f4"))
+    assert read.dtype == "float32" and to_array(read).tolist() == [0.0, 1.0, 2.5]

@@ -74,7 +74,7 @@ class Router:
         self._available = [True] * num_replicas
         self._prefixes = [PrefixMemory(max_prefix_blocks) for _ in range(num_replicas)]
         self._placed: dict[int, _Placed] = {}
-        self._groups: OrderedDict[str, int] = OrderedDict()  # those not heard of for longest first
+        self._groups: OrderedDict[str, int] = OrderedDict()  # the last sequence of each
 
     @property
     def outstanding(self) -> tuple[int, ...]:
@@ -88,7 +88,7 @@ class Router:
         prefix: Sequence[bytes] = (),
         group: str = "",
     ) -> int:
-        """Choose a replica for a new sequence; one of a ``group`` goes where its last one went.
+        """Choose a replica for a new sequence; one of a ``group`` goes where its last one still is.
 
         ``prefix`` are the keys of the prompt's full blocks, each key standing for its block and
         all before it. Where no replica is available the sequence goes to one that is not, to wait.
@@ -100,6 +100,10 @@ class Router:
         chosen = self._best(candidates, prefix)
         if group:
             chosen = self._with_group(group, candidates, chosen)
+            self._groups.pop(group, None)
+            self._groups[group] = sequence_id
+            if len(self._groups) > _MOST_GROUPS:
+                self._groups.popitem(last=False)
         self._put(sequence_id, chosen, num_tokens, tuple(prefix), frozenset())
         return chosen
 
@@ -160,11 +164,9 @@ class Router:
         self._put(sequence_id, target, placed.num_tokens, placed.prefix, left)
 
     def _with_group(self, group: str, candidates: Sequence[int], otherwise: int) -> int:
-        last = self._groups.pop(group, otherwise)
-        self._groups[group] = chosen = last if last in candidates else otherwise
-        if len(self._groups) > _MOST_GROUPS:
-            self._groups.popitem(last=False)
-        return chosen
+        """Where the group's last sequence still is, if it is one of the candidates."""
+        last = self._placed.get(self._groups.get(group, -1))
+        return last.replica if last is not None and last.replica in candidates else otherwise
 
     def _put(
         self,

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from functools import partial
 
 from spanwise.engine.core import EngineCore
@@ -16,8 +17,11 @@ from spanwise.engine.launch import ReplicaHandle
 from spanwise.errors import DeadlineError, EngineError, ItemError, SpanwiseError, SupersededError
 from spanwise.scheduler.item import ItemRequest
 from spanwise.scheduler.update import SequenceUpdate
+from spanwise.types.forward import TensorData
 
 Result = dict[str, Array]
+
+_LONGEST_WAIT_S = 3600.0  # selectors refuse much longer ones
 
 
 class ItemLoop:
@@ -89,7 +93,9 @@ class ItemLoop:
 
     def _patience_s(self) -> float | None:
         wake_at_s = self._core.wake_at_s
-        return None if wake_at_s is None else max(0.0, wake_at_s - time.monotonic())
+        if wake_at_s is None:
+            return None
+        return min(max(0.0, wake_at_s - time.monotonic()), _LONGEST_WAIT_S)
 
     def _hear(self) -> None:
         self._hearing.recv(4096)
@@ -108,8 +114,8 @@ class ItemLoop:
     def _add(self, request: ItemRequest, future: Future[Result]) -> None:
         if future.cancelled():
             return
-        self._core.add(request, request.cost)
         self._futures[request.sequence_id] = future
+        self._core.add(request, request.cost)
         future.add_done_callback(partial(self._cancelled, request.sequence_id))
 
     def _cancelled(self, sequence_id: int, future: Future[Result]) -> None:
@@ -130,7 +136,7 @@ class ItemLoop:
 
     def _resolve(self, future: Future[Result], update: SequenceUpdate) -> None:
         if update.outputs is not None:
-            future.set_result(to_arrays(update.outputs))
+            self._read(future, update.outputs)
         elif update.finish_reason == "error":
             future.set_exception(ItemError(f"the model could not compute it: {update.error}"))
         elif update.finish_reason == "deadline":
@@ -139,11 +145,20 @@ class ItemLoop:
             assert update.finish_reason == "superseded", update
             future.set_exception(SupersededError("a newer item of its stream took its place"))
 
+    def _read(self, future: Future[Result], outputs: tuple[TensorData, ...]) -> None:
+        try:
+            arrays = to_arrays(outputs)
+        except TypeError as error:  # a dtype that numpy does not know
+            future.set_exception(ItemError(f"its outputs cannot be had as arrays: {error}"))
+        else:
+            future.set_result(arrays)
+
     def _fail(self, error: SpanwiseError) -> None:
         with self._lock:
             self._failure = error
         for future in (*self._futures.values(), *(future for _, future in self._new)):
             if not future.done():
-                future.set_exception(error)
+                with suppress(InvalidStateError):  # cancelled this moment
+                    future.set_exception(error)
         self._futures.clear()
         self._new.clear()

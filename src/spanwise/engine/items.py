@@ -14,7 +14,9 @@ from spanwise.types.forward import InputSpec, TensorData
 
 Array = NDArray[Any]
 Item = Any
-"""An array (numpy's, torch's, or nested numbers), a sequence of arrays, or a mapping by name."""
+"""An array (numpy's, torch's, or nested numbers), a tuple of arrays, or a mapping by name."""
+
+_MOST_BYTES = (1 << 32) - 1  # what a record can hold
 
 _SHORTEST_BUCKET = 16
 _PARTS_OF_DOUBLING = 4
@@ -120,15 +122,18 @@ def _tensor(spec: InputSpec, given: Any) -> TensorData:
             )
     if array.dtype.kind == "f" and bool(np.isnan(array).any()):
         raise InputError(f"input '{spec.name}' holds NaN; give numbers")
+    if array.nbytes > _MOST_BYTES:
+        raise InputError(f"input '{spec.name}' has {array.nbytes} bytes, more than 4 GiB; cut it")
     return TensorData(spec.name, array.dtype.name, array.shape, array.tobytes())
 
 
 def _array(spec: InputSpec, given: Any) -> Array:
-    if hasattr(given, "detach"):  # a tensor of torch
-        given = given.detach().cpu()
-        given = (given.float() if str(given.dtype) == "torch.bfloat16" else given).numpy()
     try:
+        if hasattr(given, "detach"):  # a tensor of torch
+            given = given.detach().cpu()
+            given = (given.float() if str(given.dtype) == "torch.bfloat16" else given).numpy()
         array = np.asarray(given)
+        array = array.astype(array.dtype.newbyteorder("="), copy=False)
     except (ValueError, TypeError) as error:
         raise InputError(f"input '{spec.name}' is no array: {error}") from error
     if array.dtype.kind not in "fiub":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from itertools import count
 from types import TracebackType
 from typing import Any, Self
@@ -115,6 +117,10 @@ class Model:
 
         Raises InputError for an item that cannot be run, EngineError where the model has ended.
         """
+        if not isinstance(priority, int) or not isinstance(stream, str):
+            raise InputError("priority must be a whole number, and stream a text")
+        if deadline_ms is not None and not math.isfinite(deadline_ms):
+            raise InputError(f"deadline_ms must be a number, got {deadline_ms}")
         inputs, now_s = self._items.read(item), time.monotonic()
         request = ItemRequest(
             sequence_id=next(self._ids),
@@ -136,19 +142,17 @@ class Model:
 
         Raises InputError, naming the item by its number, for one that cannot be run.
         """
-        waiting: deque[Future[Result]] = deque()
+        waiting: deque[tuple[int, Future[Result]]] = deque()
         try:
             for number, item in enumerate(items):
                 if len(waiting) == self._window:
-                    yield waiting.popleft().result()
-                try:
-                    waiting.append(self.submit(item, priority=priority))
-                except InputError as error:
-                    raise type(error)(f"item {number}: {error}") from error
+                    yield _result(*waiting.popleft())
+                with _naming(number):
+                    waiting.append((number, self.submit(item, priority=priority)))
             while waiting:
-                yield waiting.popleft().result()
+                yield _result(*waiting.popleft())
         finally:
-            for future in waiting:
+            for _, future in waiting:
                 future.cancel()
 
     def shutdown(self) -> None:
@@ -165,6 +169,20 @@ class Model:
         trace: TracebackType | None,
     ) -> None:
         self.shutdown()
+
+
+@contextmanager
+def _naming(number: int) -> Iterator[None]:
+    """Say which item it was that cannot be run."""
+    try:
+        yield
+    except InputError as error:
+        raise type(error)(f"item {number}: {error}") from error
+
+
+def _result(number: int, future: Future[Result]) -> Result:
+    with _naming(number):
+        return future.result()
 
 
 def map_items(

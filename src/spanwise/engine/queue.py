@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import threading
 import time
@@ -21,6 +22,9 @@ from spanwise.worker.entries import set_threads
 
 Given = TypeVar("Given")
 Arguments = ParamSpec("Arguments")
+
+
+_LONGEST_WAIT_S = 3600.0
 
 
 @dataclass(frozen=True)
@@ -96,11 +100,15 @@ class Queue:
             raise InputError(f"no device is {needs!r:.40}; there are {', '.join(self.devices)}")
         if retries < 0:
             raise InputError(f"retries must be at least 0, got {retries}")
+        if deadline_ms is not None and not math.isfinite(deadline_ms):
+            raise InputError(f"deadline_ms must be a number, got {deadline_ms}")
         deadline_s = None if deadline_ms is None else time.monotonic() + deadline_ms / 1e3
         future: Future[Given] = Future()
         takes = "device" not in options and _takes_device(function)
         with self._changed:
             while len(self._queue) >= self._max_pending and not self._is_closed:
+                if threading.current_thread() in self._threads:
+                    break  # a call that submits: were it to wait, it might wait for itself
                 self._changed.wait()
             if self._is_closed:
                 raise EngineError("this queue is shut down; make a new one")
@@ -147,23 +155,26 @@ class Queue:
         if spec.kind == "cpu":
             os.sched_setaffinity(0, spec.cores)  # of this thread alone
         while (pulled := self._pull(name)) is not None:
-            work_id, call = pulled
             if spec.kind == "cpu":
                 set_threads(spec.threads)  # again: the call before may have imported torch
-            options = call.options | ({"device": name} if call.takes_device else {})
-            try:
-                given = call.function(*call.arguments, **options)
-            except BaseException as error:  # whatever it is, it is the caller's
-                self._failed(work_id, call, error)
-            else:
-                self._end(work_id)
-                call.future.set_result(given)
+            self._run(name, *pulled)
+            del pulled  # while it waits for the next, nothing of this one is kept
+
+    def _run(self, name: str, work_id: int, call: _Call) -> None:
+        options = call.options | ({"device": name} if call.takes_device else {})
+        try:
+            given = call.function(*call.arguments, **options)
+        except BaseException as error:  # whatever it is, it is the caller's
+            self._failed(work_id, call, error)
+        else:
+            self._end(work_id)
+            call.future.set_result(given)
 
     def _pull(self, name: str) -> tuple[int, _Call] | None:
         """The next call for a device; None when there is none and will be none."""
-        with self._changed:
-            while True:
-                self._drop_late()
+        while True:
+            self._drop_late()
+            with self._changed:
                 work_id = self._queue.pull(name)
                 if work_id is not None:
                     call = self._calls[work_id]
@@ -171,18 +182,22 @@ class Queue:
                         return work_id, call
                     self._forget(work_id)
                     continue
-                if self._is_closed and not self._queue.num_waiting:
-                    return None
+                if self._is_closed and not len(self._queue):
+                    return None  # what runs elsewhere may fail, and be tried here
                 wake_at_s = self._queue.wake_at_s
-                wait_s = None if wake_at_s is None else max(0.0, wake_at_s - time.monotonic())
+                wait_s = _LONGEST_WAIT_S
+                if wake_at_s is not None:
+                    wait_s = min(max(0.0, wake_at_s - time.monotonic()), wait_s)
                 self._changed.wait(wait_s)
 
     def _drop_late(self) -> None:
-        for work_id in self._queue.late(time.monotonic()):
-            call = self._calls.pop(work_id)
+        with self._changed:
+            late = [self._calls.pop(i) for i in self._queue.late(time.monotonic())]
+            if late:
+                self._changed.notify_all()
+        for call in late:
             if call.future.running() or call.future.set_running_or_notify_cancel():
                 call.future.set_exception(DeadlineError("the deadline had passed before it began"))
-            self._changed.notify_all()
 
     def _failed(self, work_id: int, call: _Call, error: BaseException) -> None:
         with self._changed:

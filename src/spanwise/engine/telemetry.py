@@ -6,13 +6,11 @@ from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 from spanwise.scheduler.policy import Policy
 from spanwise.scheduler.request import SequenceRequest
 from spanwise.scheduler.stats import EndReason
 from spanwise.scheduler.update import SequenceUpdate
-from spanwise.types.outputs import FinishReason
 from spanwise.types.plan import StepPlan
 from spanwise.types.serving import EngineStats, Histogram, ReplicaStats
 
@@ -43,7 +41,7 @@ _BOUNDS: Mapping[str, tuple[float, ...]] = {
     "iteration_tokens_total": _STEP_TOKENS,
 }
 # Those that nobody has ended by yet are told too: an alarm needs to see the first one.
-_REASONS = (*get_args(FinishReason), "abort")
+_REASONS = ("stop", "length", "deadline", "abort")
 
 
 class _Observed:

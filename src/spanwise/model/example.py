@@ -58,7 +58,7 @@ def example_batch(model: ForwardModel, given: Sequence[TensorData] = ()) -> Exam
     varying = tuple((0, *(d for d, s in enumerate(shape, 1) if s is None)) for shape in found)
     shapes = dict(zip(names, found, strict=True))
     inputs = tuple(
-        msgspec.structs.replace(spec, shape=shapes[spec.name])
+        msgspec.structs.replace(spec, shape=shapes[spec.name], optional=False)
         for spec in model.inputs
         if spec.name in shapes
     )

@@ -27,6 +27,11 @@ _TEXT, _MASK = "input_ids", "attention_mask"
 _DECODER = "decoder_input_ids"
 # One number for each token; other outputs have at least two dims for each.
 _PER_TOKEN = frozenset({"start_logits", "end_logits"})
+_CLASSIFY_TOKENS = frozenset({"ElectraForPreTraining"})
+# Encoders whose convolutions, blocks or landmarks see what was filled up, whatever the mask says.
+_SEE_FILLING = frozenset(
+    {"big_bird", "canine", "convbert", "fnet", "funnel", "longformer", "nystromformer", "yoso"}
+)
 # What compares the items of a batch with one another, and so belongs to none of them.
 _OF_WHOLE_BATCH = frozenset({"logits_per_image", "logits_per_text", "loss"})
 
@@ -76,7 +81,8 @@ class ForwardModel:
         has_decoder = any(spec.name == _DECODER for spec in self.inputs)
         if has_decoder and not name.startswith("encoder_"):
             return None
-        if num_dims < 3 and name not in _PER_TOKEN:
+        of_tokens = type(self.module).__name__ in _CLASSIFY_TOKENS or name in _PER_TOKEN
+        if num_dims < 3 and not of_tokens:
             return None
         frames = getattr(self.module, "_get_feat_extract_output_lengths", None)
         if frames is None:
@@ -154,7 +160,7 @@ def _by_factory(source: str, dtype: str) -> ForwardModel:
         made: Any = importlib.import_module(module)
         for part in name.split("."):
             made = getattr(made, part)
-    except (ImportError, AttributeError, SyntaxError) as error:
+    except Exception as error:  # what is imported is the user's own code
         raise ModelError(f"{source} cannot be imported: {reason(error)}") from error
     try:
         built = made()
@@ -166,6 +172,8 @@ def _by_factory(source: str, dtype: str) -> ForwardModel:
         )
     built.eval().requires_grad_(False)
     if dtype != "auto":
+        if dtype not in _DTYPES:
+            raise ModelError(f"dtype {dtype!r} is not known; use auto, {', '.join(_DTYPES)}")
         built.to(_DTYPES[dtype])
     return ForwardModel(
         module=built,
@@ -234,7 +242,7 @@ def _inputs_of(
 ) -> tuple[InputSpec, ...]:
     """What a class of transformers takes, by the names of its arguments."""
     makers: dict[str, Callable[[], tuple[InputSpec, ...]]] = {
-        "pixel_values": lambda: (_image(config, dtype),),
+        "pixel_values": lambda: (_image(model, config, dtype),),
         "input_features": lambda: (_features(config, dtype),),
         "input_values": lambda: _audio(config, dtype),
         _TEXT: lambda: _text(config, accepted),
@@ -250,25 +258,31 @@ def _inputs_of(
     return tuple(found)
 
 
-def _image(config: PretrainedConfig, dtype: str) -> InputSpec:
+def _image(model: PreTrainedModel, config: PretrainedConfig, dtype: str) -> InputSpec:
+    """An image, or frames; its sides are open where the model has no place for each patch."""
     own: Any = getattr(config, "vision_config", config)
-    channels = getattr(own, "num_channels", 3)
-    size = getattr(own, "image_size", None)
+    has_places = any("position_embedding" in name for name, _ in model.named_parameters())
+    size = getattr(own, "image_size", None) if has_places else None
     sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
-    return InputSpec(name="pixel_values", dtype=dtype, shape=(channels, *sides))
+    frames = (own.num_frames,) if hasattr(own, "num_frames") else ()
+    channels = getattr(own, "num_channels", 3)
+    return InputSpec(name="pixel_values", dtype=dtype, shape=(*frames, channels, *sides))
 
 
 def _features(config: PretrainedConfig, dtype: str) -> InputSpec:
     """Spectra. Those of a model with a place for each frame are all of one length."""
     bins = getattr(config, "num_mel_bins", None)
     places = getattr(config, "max_source_positions", None)
-    frames = None if places is None else 2 * places
+    frames = None if places is None or bins is None else 2 * places
     return InputSpec(name="input_features", dtype=dtype, shape=(bins, frames))
 
 
 def _text(config: PretrainedConfig, accepted: Sequence[str]) -> tuple[InputSpec, ...]:
     pad = getattr(config.get_text_config(), "pad_token_id", None)
-    ids = InputSpec(name=_TEXT, dtype="int64", shape=(None,), pad=float(pad or 0))
+    fills = _MASK in accepted and config.model_type not in _SEE_FILLING
+    ids = InputSpec(
+        name=_TEXT, dtype="int64", shape=(None,), pad=float(pad or 0) if fills else None
+    )
     mask = InputSpec(name=_MASK, dtype="int64", shape=(None,), pad=0.0, like=_TEXT)
     types = InputSpec(
         name="token_type_ids", dtype="int64", shape=(None,), pad=0.0, like=_TEXT, value=0
@@ -278,6 +292,9 @@ def _text(config: PretrainedConfig, accepted: Sequence[str]) -> tuple[InputSpec,
 
 def _audio(config: PretrainedConfig, dtype: str) -> tuple[InputSpec, ...]:
     """Samples. A norm over each whole clip would see what a clip was filled up with."""
+    if hasattr(config, "num_mel_bins") and hasattr(config, "max_length"):  # spectra, by that name
+        shape = (config.max_length, config.num_mel_bins)
+        return (InputSpec(name="input_values", dtype=dtype, shape=shape),)
     fills = getattr(config, "feat_extract_norm", "") == "layer"
     values = InputSpec(name="input_values", dtype=dtype, shape=(None,), pad=0.0 if fills else None)
     mask = InputSpec(name=_MASK, dtype="int64", shape=(None,), pad=0.0, like="input_values")

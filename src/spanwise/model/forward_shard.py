@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from spanwise.comm.communicator import Communicator
-from spanwise.errors import ModelError
+from spanwise.errors import InputError, ModelError
 from spanwise.model.example import ExampleBatch, example_batch
 from spanwise.model.exchange import Exchange
 from spanwise.model.forward_model import ForwardModel, NamedForward, load_forward_model
@@ -60,7 +60,11 @@ class ForwardShard:
         outputs, in the order of ``output_names``.
         """
         if self._stage is not None:
-            assert tuple(input_names) == self._named.input_names, "every item has the same inputs"
+            if tuple(input_names) != self._named.input_names:
+                raise InputError(
+                    f"the inputs are {', '.join(input_names)}; the model was cut for "
+                    f"{', '.join(self._named.input_names)}"
+                )
             return self._stage.run(inputs, inbound)
         if tuple(input_names) != self._named.input_names:
             self._named = self.model.named(input_names)

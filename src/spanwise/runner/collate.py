@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from spanwise.errors import ModelError
 from spanwise.model.tensor_data import from_tensor, to_tensor
 from spanwise.types.forward import InputSpec, TensorData
 
@@ -69,15 +70,30 @@ def outputs_of(
         host = tensor.cpu()
         for index in range(num_items):
             own = host[index]
-            if batch.lengths is not None and length_of is not None:
-                assert len(own) == length_of(batch.filled_to), (name, len(own), batch.filled_to)
-                own = own[: length_of(batch.lengths[index])]
+            if length_of is not None:
+                own = _own_part(name, own, batch, index, length_of)
             given[index].append(from_tensor(name, own))
     return [tuple(outputs) for outputs in given]
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _own_part(
+    name: str, given: torch.Tensor, batch: Batch, index: int, length_of: Callable[[int], int]
+) -> torch.Tensor:
+    """What of an output is not of an item's filling; all of it where it was not filled up."""
+    assert batch.lengths is not None
+    length = batch.lengths[index]
+    if length == batch.filled_to:
+        return given
+    if len(given) != (expected := length_of(batch.filled_to)):
+        raise ModelError(
+            f"output '{name}' has {len(given)} entries for an input of {batch.filled_to}, where "
+            f"{expected} were expected: which are of an item's filling is not known"
+        )
+    return given[: length_of(length)]
 
 
 def _lengths(items: Sequence[Item], specs: Sequence[InputSpec]) -> tuple[int, ...] | None:

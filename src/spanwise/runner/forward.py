@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from spanwise.comm.communicator import Link, RankComm
-from spanwise.errors import CommunicationError, reason
+from spanwise.errors import EngineError, reason
 from spanwise.model.forward_shard import ForwardShard
-from spanwise.runner.collate import Batch, collate, outputs_of
-from spanwise.types.forward import TensorData
+from spanwise.runner.collate import collate, outputs_of
 from spanwise.types.plan import LanePlan, LaneResult, Sampled, StepPlan, StepResult
 from spanwise.types.worker import WorkerSpec
 
@@ -22,7 +21,10 @@ if TYPE_CHECKING:
 _DTYPES = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+    *(torch.complex64, torch.complex128, torch.float8_e4m3fn, torch.float8_e5m2),
 )
+# What a card raises from then on, whatever it is asked.
+_LOST_DEVICE = (torch.AcceleratorError,)
 _INT, _FAILED = -1, -2
 
 
@@ -31,14 +33,6 @@ class Failure:
     """Why a batch could not be computed."""
 
     message: str
-
-
-@dataclass(frozen=True)
-class _Given:
-    """What a stage made of a batch."""
-
-    batch: Batch
-    carried: list[Carried]
 
 
 class ForwardRunner:
@@ -67,48 +61,41 @@ class ForwardRunner:
     def _lane(self, lane: LanePlan) -> LaneResult:
         if not lane.rows:
             return LaneResult()
-        inputs = {new.sequence_id: new.inputs for new in lane.new}
-        items = [inputs[row.sequence_id] for row in lane.rows]
         inbound = self._inbound()
         try:
-            given = inbound if isinstance(inbound, Failure) else self._stage(items, inbound)
-        except (CommunicationError, AssertionError):
+            given = inbound if isinstance(inbound, Failure) else self._computed(lane, inbound)
+        except (EngineError, *_LOST_DEVICE):
             raise
         except Exception as error:  # what the model says to inputs that it cannot take
             given = Failure(reason(error))
         if not self._place.is_last:
             assert self._comm.outbox is not None
-            send(
-                self._comm.outbox,
-                given if isinstance(given, Failure) else given.carried,
-                self._device,
-            )
+            send(self._comm.outbox, given, self._device)
             return LaneResult()
         if self._place.tp_rank != 0:
             return LaneResult()
-        return self._result(lane, given)
+        if isinstance(given, Failure):
+            failed = (Sampled(row.sequence_id, error=given.message) for row in lane.rows)
+            return LaneResult(tuple(failed))
+        rows = zip(lane.rows, given, strict=True)
+        return LaneResult(tuple(Sampled(row.sequence_id, outputs=own) for row, own in rows))
 
     def _inbound(self) -> list[Carried] | Failure:
         inbox = self._comm.inbox
         return [] if inbox is None else receive(inbox, self._device)
 
-    def _stage(self, items: Sequence[tuple[TensorData, ...]], inbound: Sequence[Carried]) -> _Given:
+    def _computed(self, lane: LanePlan, inbound: Sequence[Carried]) -> list[Any]:
+        """What later stages read; on the last stage each item's outputs."""
+        inputs = {new.sequence_id: new.inputs for new in lane.new}
+        items = [inputs[row.sequence_id] for row in lane.rows]
         batch = collate(items, self._shard.model.inputs, self._dtype)
         tensors = [tensor.to(self._device) for tensor in batch.tensors]
-        return _Given(batch, self._shard.run(batch.names, tensors, inbound))
-
-    def _result(self, lane: LanePlan, given: _Given | Failure) -> LaneResult:
-        if isinstance(given, Failure):
-            return LaneResult(
-                tuple(Sampled(row.sequence_id, error=given.message) for row in lane.rows)
-            )
-        rows = zip(lane.rows, self._outputs(given.batch, given.carried), strict=True)
-        return LaneResult(tuple(Sampled(row.sequence_id, outputs=own) for row, own in rows))
-
-    def _outputs(self, batch: Batch, given: Sequence[Carried]) -> list[tuple[TensorData, ...]]:
-        tensors = [each for each in given if isinstance(each, torch.Tensor)]
-        assert len(tensors) == len(given), "the last stage gives tensors"
-        return outputs_of(batch, self._shard.output_names, tensors, self._shard.model.lengths_of)
+        given = self._shard.run(batch.names, tensors, inbound)
+        if not self._place.is_last or self._place.tp_rank != 0:
+            return given
+        outputs = [each for each in given if isinstance(each, torch.Tensor)]
+        names, lengths_of = self._shard.output_names, self._shard.model.lengths_of
+        return list(outputs_of(batch, names, outputs, lengths_of))
 
 
 def send(link: Link, carried: Sequence[Carried] | Failure, device: torch.device) -> None:
