@@ -1,9 +1,9 @@
 """Single images that come by chance, computed one by one and in batches: throughput and latency.
 
-One device of one core; images come open-loop (Poisson). Throughput: of what is offered far above
-what the device can do. Latency: at 80% of that with batches, beyond what one by one can do.
+One device of one core. Throughput: of thousands that have all come. Latency: of images that come
+open-loop (Poisson), at the rate where computing them one by one saturates.
 Ends with exit code 1 where batches give less than twice the throughput, or where the p99 is beyond
-the set delay and the time of one full batch after the one that an image finds at work.
+the set delay and the time of one full batch.
 
     python benchmarks/dynamic_batching.py --runs 5
 """
@@ -23,6 +23,7 @@ import numpy as np
 from machine import save, table_of
 
 from spanwise import Model
+from spanwise.worker.supervisor import Supervisor
 
 MODEL = "spanwise/digits-image"
 BATCH_SIZE, DELAY_MS, SECONDS = 16, 5.0, 8.0
@@ -47,6 +48,13 @@ def offer(model: Model, rate: float, seconds: float, seed: int) -> tuple[float, 
     return len(futures) / (time.perf_counter() - begin_s), taken_s
 
 
+def saturated(model: Model, num_images: int) -> float:
+    """Images a second where all have come at once."""
+    image, begin_s = np.zeros((3, 8, 8), np.float32), time.perf_counter()
+    wait([model.submit(image) for _ in range(num_images)])
+    return num_images / (time.perf_counter() - begin_s)
+
+
 def batch_s(model: Model) -> float:
     """What a full batch takes, from the first image given to the last result."""
     image, times = np.zeros((3, 8, 8), np.float32), []
@@ -59,7 +67,8 @@ def batch_s(model: Model) -> float:
 
 def run(seed: int) -> dict[str, float]:
     """Both ways, each with a model of its own."""
-    found = {}
+    found: dict[str, float] = {}
+    supervisor = Supervisor()  # so that the device has a process of its own
     for name, size, delay_ms in (("one by one", 1, 0.0), ("batches", BATCH_SIZE, DELAY_MS)):
         with Model(
             MODEL,
@@ -67,16 +76,17 @@ def run(seed: int) -> dict[str, float]:
             data_parallel_size=1,
             max_batch_size=size,
             max_delay_ms=delay_ms,
+            supervisor=supervisor,
         ) as model:
             os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # the device has the other
-            offer(model, 500, 1, seed)
-            found[f"{name}/s"], _ = offer(model, 20_000, 3, seed)
+            offer(model, 100, 1, seed)
+            found[f"{name}/s"] = saturated(model, 1000 if size == 1 else 4000)
             if size > 1:
-                rate = 0.8 * found["batches/s"]
-                _, taken_s = offer(model, rate, SECONDS, seed)
+                _, taken_s = offer(model, found["one by one/s"], SECONDS, seed)
                 found["p50_s"], found["p99_s"] = (quantiles(taken_s, n=100)[i] for i in (49, 98))
-                found["bound_s"] = DELAY_MS / 1e3 + 2 * batch_s(model)
+                found["bound_s"] = DELAY_MS / 1e3 + batch_s(model)
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    supervisor.shutdown()
     return found
 
 
@@ -92,9 +102,9 @@ def main() -> int:
     rows = [
         ["", "one by one", "batches"],
         ["images/s", f"{own['one by one/s']:.0f}", f"{own['batches/s']:.0f}"],
-        ["p50 at 80% of that, ms", "", f"{1e3 * own['p50_s']:.1f}"],
-        ["p99 at 80% of that, ms", "", f"{1e3 * own['p99_s']:.1f}"],
-        ["delay + two batches, ms", "", f"{1e3 * own['bound_s']:.1f}"],
+        ["p50 where one by one saturates, ms", "", f"{1e3 * own['p50_s']:.1f}"],
+        ["p99 where one by one saturates, ms", "", f"{1e3 * own['p99_s']:.1f}"],
+        ["delay + one full batch, ms", "", f"{1e3 * own['bound_s']:.1f}"],
     ]
     holds = gain >= LIMIT and late <= 1.0
     said = (

@@ -27,7 +27,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp=2": {"devices": "cpu:2", "pipeline_parallel_size": 2},
 }
 LIMITS = {"dp=2": 1.9, "pp=2": 1.7}
-BATCH_SIZE, NUM_IMAGES = 8, 192
+BATCH_SIZE, NUM_IMAGES = 8, 384
 
 
 def write_model(folder: Path) -> None:

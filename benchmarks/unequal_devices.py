@@ -27,8 +27,9 @@ from machine import save, table_of
 
 from spanwise import Model
 from spanwise.worker.local import LocalProcessExecutor
+from spanwise.worker.supervisor import Supervisor
 
-NUM_ITEMS, BATCH_SIZE, LIMIT = 600, 4, 0.95
+NUM_ITEMS, BATCH_SIZE, LIMIT = 240, 4, 0.95
 _HALF_S = 0.005
 
 
@@ -53,6 +54,15 @@ def slowed(pid: int) -> Iterator[None]:
         thread.join()
 
 
+@contextmanager
+def closing_after(supervisor: Supervisor) -> Iterator[None]:
+    """End a supervisor when the block ends."""
+    try:
+        yield
+    finally:
+        supervisor.shutdown()
+
+
 def write_model(folder: Path) -> None:
     """A small random ViT, some milliseconds an image."""
     import torch
@@ -73,9 +83,17 @@ def rate(folder: str, replicas: int, slow_one: bool) -> float:
     """Images a second; of several replicas the last one is the slow one."""
     chance = np.random.default_rng(0)
     images = [chance.standard_normal((3, 112, 112), np.float32) for _ in range(64)]
-    with Model(
-        folder, devices="cpu:2", data_parallel_size=replicas, max_batch_size=BATCH_SIZE
-    ) as model:
+    supervisor = Supervisor()  # so that one device alone has a process of its own too
+    with (
+        closing_after(supervisor),
+        Model(
+            folder,
+            devices="cpu:2",
+            data_parallel_size=replicas,
+            max_batch_size=BATCH_SIZE,
+            supervisor=supervisor,
+        ) as model,
+    ):
         model.map(images)
         executor = model._loop._core.replicas[-1].executor
         assert isinstance(executor, LocalProcessExecutor)

@@ -28,7 +28,7 @@ from spanwise import LLM, SamplingParams
 from spanwise.device import fp8
 from spanwise.device.fp8 import Fp8Linear
 from spanwise.embedded import EMBEDDED
-from spanwise.engine import launch
+from spanwise.engine import language_launch as launch
 from spanwise.errors import DeviceError, InputError, ModelError
 from spanwise.model.shard import describe_shard, load_shard
 from spanwise.types.worker import Quantization

@@ -30,6 +30,20 @@ A line of prompts.jsonl is one of these; sampling fields may stand beside it:
   {"prompt_token_ids": [5, 6, 7]}
   {"messages": [{"role": "user", "content": "Say hello."}]}
 """
+_BATCH_EXAMPLES = """\
+Examples:
+  spanwise batch spanwise/tiny-dense --input requests.jsonl --output out.jsonl
+  spanwise batch MODEL_FOLDER --input prompts.csv --column text --output o.jsonl
+  spanwise batch spanwise/digits-image --input images/ --output labels.jsonl
+  spanwise batch SPEECH_FOLDER --input clips/ --output words.jsonl
+  spanwise batch mine:model --input rows.parquet --column x --column y \\
+    --output y.jsonl -dp 4
+
+Started again after any end, kill -9 included, it goes on where it was.
+A line of requests.jsonl is a request of OpenAI's batch format:
+  {"custom_id": "1", "method": "POST", "url": "/v1/completions",
+   "body": {"prompt": "def main(", "max_tokens": 64, "temperature": 0}}
+"""
 _SERVE_EXAMPLES = """\
 Examples:
   spanwise serve spanwise/tiny-dense
@@ -136,6 +150,12 @@ app.command(
     name="run",
     help="Generate text for a prompt, or for every line of a file.",
     help_epilogue=_RUN_EXAMPLES,
+)
+app.command(
+    "spanwise.cli.batch:batch",
+    name="batch",
+    help="Run every line, file or row of an input through a model; goes on after any end.",
+    help_epilogue=_BATCH_EXAMPLES,
 )
 app.command(
     "spanwise.cli.serve:serve",
