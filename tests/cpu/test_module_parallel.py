@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tests.support.ranks import on_ranks
-from torch import nn
+from torch import library, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModel, PreTrainedModel, ResNetConfig, ResNetModel
 from transformers.pytorch_utils import Conv1D
@@ -678,4 +678,4 @@ def test_the_operation_alone_is_the_sum_over_one() -> None:
     tensor = drawn("x", (3, 4))
     total = torch.ops.spanwise.sum_over_ranks(tensor)
     assert torch.equal(total, tensor) and total is not tensor
-    torch.library.opcheck(torch.ops.spanwise.sum_over_ranks, (tensor,))
+    library.opcheck(torch.ops.spanwise.sum_over_ranks, (tensor,))

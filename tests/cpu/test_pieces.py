@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from tests.support.pieces import assert_same, cut, draw_weights, run_cut
-from torch import nn
+from torch import library, nn
 
 from spanwise.errors import InputError, ModelError
 from spanwise.model import exported_pieces
@@ -671,7 +671,7 @@ def test_a_stage_keeps_its_own_weights_and_no_others(way: str) -> None:
     assert {tensor.data_ptr() for tensor in last.tensors()} == own
 
 
-@torch.library.custom_op("spanwise_tests::twice", mutates_args=())
+@library.custom_op("spanwise_tests::twice", mutates_args=())
 def twice(x: torch.Tensor) -> torch.Tensor:
     return x * 2
 

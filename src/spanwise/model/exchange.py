@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from torch import library
 
 from spanwise.comm.communicator import Communicator
 from spanwise.comm.single import SingleCommunicator
 
 
-@torch.library.custom_op("spanwise::sum_over_ranks", mutates_args=())
+@library.custom_op("spanwise::sum_over_ranks", mutates_args=())
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """The place of a sum in an exported graph; run as it is, the sum over a group of one."""
     return tensor.clone()
