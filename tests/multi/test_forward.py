@@ -375,3 +375,23 @@ def test_what_cannot_be_waited_for_is_refused(mlp: Model, options: dict[str, Any
     with pytest.raises(InputError):
         mlp.submit(torch.zeros(10), **options)
     assert mlp.submit(torch.zeros(10), deadline_ms=1e11).result(20), "a deadline in three years"
+
+
+def test_a_callback_may_shut_the_model_down(supervisor: Supervisor) -> None:
+    model = Model("tests.forward_modules:residual_mlp", devices="cpu:2", supervisor=supervisor)
+    model.map([torch.zeros(10)] * 8)
+    ended = threading.Event()
+
+    def shut_down(_: object) -> None:
+        model.shutdown()
+        ended.set()
+
+    model.submit(torch.zeros(10)).add_done_callback(shut_down)
+    pending = []
+    with pytest.raises(EngineError, match="shut down"):
+        while True:
+            pending.append(model.submit(torch.zeros(10)))
+    assert ended.wait(20)
+    for future in pending:
+        error = future.exception(20)
+        assert error is None or "shut down" in str(error)

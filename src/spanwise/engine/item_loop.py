@@ -66,22 +66,21 @@ class ItemLoop:
         self._wake()
         if self._thread is not threading.current_thread():
             self._thread.join()
-            self._waking.close()
 
     def _wake(self) -> None:
-        try:
+        with self._lock, suppress(OSError):  # the loop has ended, or there is enough to wake it
             self._waking.send(b"\0")
-        except OSError:  # the loop has ended, or there is enough to wake it
-            return
 
     # -- on the thread ---------------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
-            while self._failure is None:
+            while True:
                 self._take(self._core.feed(time.monotonic()))
                 for key, _ in self._selector.select(self._patience_s()):
                     key.data()
+                    if self._stop_with is not None:  # perhaps by a callback, on this thread
+                        raise self._stop_with
         except SpanwiseError as error:
             self._fail(error)
         except BaseException as error:
@@ -90,6 +89,8 @@ class ItemLoop:
         finally:
             self._selector.close()
             self._hearing.close()
+            with self._lock:
+                self._waking.close()
 
     def _patience_s(self) -> float | None:
         wake_at_s = self._core.wake_at_s
@@ -99,8 +100,6 @@ class ItemLoop:
 
     def _hear(self) -> None:
         self._hearing.recv(4096)
-        if self._stop_with is not None:
-            raise self._stop_with
         while self._new:
             self._add(*self._new.popleft())
         while self._unwanted:
